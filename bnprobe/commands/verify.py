@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from os import PathLike
 
+from bnprobe._version import __version__
 from bnprobe.config.load import shown
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, listed
-from bnprobe.records import Layer, LayerComparison, Report, Verification
+from bnprobe.records import Layer, LayerComparison, Report, Tool, Verification
 from bnprobe.wording import from_python, option
 
 OUTPUT_SLACK = 1.1
@@ -77,6 +78,8 @@ def compare(before: Report, after: Report) -> Verification:
     unchanged = same and before.scan.batch_size == after.scan.batch_size and not after.scan.partial
     problems = () if unchanged else problems
     return Verification(
+        tool=Tool("bnprobe", __version__),
+        model=after.scan.model,
         passed=not problems,
         problems=problems,
         layers=layers,

@@ -292,6 +292,7 @@ class Verification(Tabular):
     """Two reports of one model, compared.
 
     Attributes:
+        model: As in the later report.
         passed: No layer is flagged in the later report or lost, and its outputs are no farther apart.
         problems: Why it did not pass, a sentence each.
         layers: Layers of both reports, in network order.
@@ -301,6 +302,8 @@ class Verification(Tabular):
         unchanged: Both reports have the same figures: there was no repair, and none is missing.
     """
 
+    tool: Tool
+    model: str
     passed: bool
     problems: tuple[str, ...]
     layers: tuple[LayerComparison, ...]

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnprobe.records import Diagnosis, Layer, Report, Scan
+from bnprobe.records import Diagnosis, Layer, Report, Scan, SweepReport
 from bnprobe.rules import effect, rule_of
 
 SAVE = {"--format": "json", "--output": "report.json"}
+_TO_SAVE = "To save the report:"
 
 CARRIED = frozenset(
     (
@@ -53,6 +54,14 @@ class NextStep:
 
     why: str
     command: str | None = None
+
+    @property
+    def when_saved(self) -> NextStep | None:
+        """What is left of it in a report that is a file already; None: nothing."""
+        if not self.why.endswith(_TO_SAVE):
+            return self
+        why = self.why.removesuffix(_TO_SAVE).rstrip()
+        return NextStep(why) if why else None
 
 
 def diagnosed_step(report: Report, command: str) -> NextStep:
@@ -118,7 +127,7 @@ def _names(remedy: str, arguments: str) -> bool:
 
 def keep_step(command: str) -> NextStep:
     """There is nothing to find out: save the report."""
-    return NextStep("To save the report:", with_options(command, SAVE))
+    return NextStep(_TO_SAVE, with_options(command, SAVE))
 
 
 def interrupted_step(report: Report, command: str) -> NextStep | None:
@@ -136,7 +145,7 @@ def more_batches_step(scan: Scan, command: str) -> NextStep:
     # Four times the batches halve the intervals.
     more = str(4 * max(scan.batches, 1))
     if scan.stopped == "data_exhausted":
-        text = "All data was used. More data or another --threshold is needed to decide. To save the report:"
+        text = f"All data was used. More data or another --threshold is needed to decide. {_TO_SAVE}"
         return NextStep(text, with_options(command, SAVE))
     if scan.stopped == "requested":
         return NextStep("To decide, measure more batches:", with_options(command, {"--batches": more}))
@@ -149,7 +158,7 @@ def batch_size_step(report: Report, command: str) -> NextStep:
     if (step := _enough_step(report, command)) is not None:
         return step
     if larger:
-        text = f"At no batch size up to {larger[-1]} do all layers pass. To save the report:"
+        text = f"At no batch size up to {larger[-1]} do all layers pass. {_TO_SAVE}"
         return NextStep(text, with_options(command, SAVE))
     return _try_sizes_step(report, command) or keep_step(command)
 
@@ -182,6 +191,17 @@ def _try_sizes_step(report: Report, command: str) -> NextStep | None:
     if report.scan.batches < needed and report.scan.stopped != "data_exhausted":
         options["--batches"] = str(needed)
     return NextStep("To see what a larger batch would change:", with_options(command, options))
+
+
+def sweep_step(report: SweepReport, command: str) -> NextStep | None:
+    """A scan at the size at which every layer passes, or at the one that was swept; None where no layer is flagged."""
+    if not any(layer.flagged for layer in report.layers):
+        return None
+    scan = shlex.join(["bnprobe", "scan", *_carried(shlex.split(command)[2:])])
+    enough = report.smallest.likely
+    if enough is None or enough <= report.scan.batch_size:
+        return NextStep("To see why, and what helps:", scan)
+    return NextStep(f"To check training at batch size {enough} too:", with_options(scan, {"--batch-size": str(enough)}))
 
 
 def under_limit(layers: tuple[Layer, ...], batch_size: int) -> list[Layer]:

@@ -19,6 +19,7 @@ from bnprobe.records import (
     SweepReport,
 )
 from bnprobe.report import figures
+from bnprobe.report.next_step import sweep_step
 from bnprobe.report.page import CENTRE, FINE, FLAGGED, TIMES, UNDECIDED, Page, RenderOptions, pad, standing, to_string
 from bnprobe.report.table import Column, Names, dropping, layer_names, table
 from bnprobe.rules.shares import NOISE_THRESHOLD
@@ -42,7 +43,7 @@ def render(report: SweepReport, options: RenderOptions) -> str:
         _rates_by_layer(momentum, page, options.show_all) if momentum and whole else [],
         page.section("Notes", [*report.scan.notes, *report.notes]),
         [] if whole else page.paragraph(_left_out(report, page), "dim"),
-        _closing(report, page),
+        _closing(report, page, options.command),
     ]
     return to_string(parts, options.color)
 
@@ -88,9 +89,11 @@ def what_was_run(report: SweepReport) -> list[tuple[str, str]]:
     ]
 
 
-def _closing(report: SweepReport, page: Page) -> list[Text]:
+def _closing(report: SweepReport, page: Page, command: str) -> list[Text]:
     tracking = tracking_in_words(report.momentum) if report.momentum else ()
-    return page.verdict(verdict_sign(report), f"{one_line(report)}.", [*conclusion(report), *tracking])
+    lines = page.verdict(verdict_sign(report), f"{one_line(report)}.", [*conclusion(report), *tracking])
+    step = sweep_step(report, command)
+    return lines if step is None else [*lines, *page.paragraph(step.why), *page.command(step.command or "")]
 
 
 def verdict_sign(report: SweepReport) -> str:

@@ -31,7 +31,7 @@ def render(found: Verification, options: RenderOptions) -> str:
     page = Page.of(options)
     rows = _table(compared(found), page, options.show_all) if found.layers else []
     parts = [
-        [*page.heading(title(found)), *rows] if rows else [],
+        [*page.heading(f"{_flagged(found)} (D, the larger of training and inference)"), *rows] if rows else [],
         page.section(ALONE, in_one_report(found, options.show_all)),
         page.section(OUTPUT, output_in_words(found)),
         page.section("Notes on the comparison", found.notes),
@@ -41,8 +41,8 @@ def render(found: Verification, options: RenderOptions) -> str:
 
 
 def title(found: Verification) -> str:
-    """How many layers are flagged, and what their figures are."""
-    return f"{_flagged(found)} (D, the larger of training and inference)"
+    """What the report is of, and what wrote it."""
+    return f"{found.tool.name} {found.tool.version}: verify of {found.model}"
 
 
 ALONE = "Only in one of the reports"

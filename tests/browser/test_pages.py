@@ -44,6 +44,24 @@ def test_charts_are_drawn_and_the_page_fits_its_window(show: Open, name: str, si
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
+def test_the_table_of_layers_fits_a_wide_window_and_a_name_a_line(show: Open) -> None:
+    page = show(document("scan", "lag"), WIDE).page
+    table = page.locator("#layers .scroll")
+    assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
+    names = page.locator("#layers tbody th")
+    small = page.locator("#layers tbody td").first.bounding_box()["height"]
+    assert all(names.nth(index).bounding_box()["height"] == small for index in range(names.count()))
+
+
+def test_every_name_below_a_chart_is_shown(show: Open) -> None:
+    page = show(flagged(), WIDE).page
+    shown = page.locator("#shares .mark-text.role-axis-label text").all()
+    visible = [each.text_content() for each in shown if each.get_attribute("opacity") != "0"]
+    assert [name.split()[-1] for name in visible if "bn" in name or "downsample" in name] == [
+        layer.name for layer in flagged().layers
+    ]
+
+
 def test_a_column_is_sorted_by_mouse(show: Open) -> None:
     opened = show(flagged())
     before = opened.names()

@@ -25,6 +25,8 @@ from bnprobe.records import (
     Verification,
 )
 
+TOOL = Tool("bnprobe", "0.1.0")
+MODEL = "sample_configs/digits/model.py:load_model"
 NAMES = ("layer2.0.bn1", "layer2.0.bn2", "layer2.0.downsample.1", "layer3.0.bn1", "layer3.0.bn2")
 LAST = "layer3.0.downsample.1"
 COMMAND = "bnprobe convert sample_configs/digits/model.py --batch-size 2 --finetune --output repaired.safetensors"
@@ -115,11 +117,11 @@ def record(**given: Any) -> RepairRecord:
     """A record of the digits sample."""
     made = RepairRecord(
         schema_version=1,
-        tool=Tool("bnprobe", "0.1.0"),
+        tool=TOOL,
         environment=Environment("3.11.9", "2.13.0+cpu", "Linux-6.1-x86_64", "x86_64", 2),
         action="convert",
         command=COMMAND,
-        model="sample_configs/digits/model.py:load_model",
+        model=MODEL,
         checkpoint="sample_configs/digits/batch2.safetensors",
         weights="repaired.safetensors",
         weights_sha256="3fa4c1d09be7725a6e1c80f3b2d94517a8c6e0f1d2b3a4958677c8d9eafb0c1d",
@@ -379,7 +381,7 @@ def verified() -> Verification:
     """Every flagged layer is mended."""
     layers = [LayerComparison(name, 0.3 + 0.1 * index, 0.02, True, False) for index, name in enumerate((*NAMES, LAST))]
     layers = [LayerComparison("bn1", 0.0173, 0.0171, False, False), *layers]
-    return Verification(True, (), tuple(layers), (), (), 0.382, 0.021, ())
+    return Verification(TOOL, MODEL, True, (), tuple(layers), (), (), 0.382, 0.021, ())
 
 
 def not_verified() -> Verification:
@@ -397,7 +399,7 @@ def not_verified() -> Verification:
         "The outputs disagree more than before: 0.41 against 0.38.",
     )
     notes = ("The batch sizes differ: 2 before, 4 after.",)
-    return Verification(False, problems, layers, ("head.bn",), ("head.gn",), 0.382, 0.41, notes)
+    return Verification(TOOL, MODEL, False, problems, layers, ("head.bn",), ("head.gn",), 0.382, 0.41, notes)
 
 
 def many_verified() -> Verification:
@@ -406,7 +408,7 @@ def many_verified() -> Verification:
         LayerComparison(name, 0.4 if index > 50 else 0.01, 0.012, index > 50, False)
         for index, name in enumerate(many_names())
     )
-    return Verification(True, (), layers, (), (), None, None, ())
+    return Verification(TOOL, MODEL, True, (), layers, (), (), None, None, ())
 
 
 VERIFICATIONS = {"passed": verified, "failed": not_verified, "large": many_verified}

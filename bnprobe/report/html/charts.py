@@ -62,7 +62,10 @@ class SizeCurve:
 
 @drawing
 def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
-    """D of every layer against batch size, both logarithmic; with intervals and theory for those that stand out."""
+    """D of every layer against batch size, both logarithmic; with intervals and theory for those that stand out.
+
+    The limit is that of the first.
+    """
     alt = altair()
     sizes = sorted({point.size for curve in curves for point in curve.points})
     measured = [max(point.mismatch, SMALLEST) for curve in curves for point in curve.points]
@@ -72,7 +75,8 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
         scale=alt.Scale(type="log", base=2, domain=[sizes[0] / 1.15, sizes[-1] * 1.15], nice=False),
         axis=alt.Axis(title="samples in a batch", values=sizes, format="d", grid=False),
     )
-    scale, axis = log_scale([*measured, *(max(value, min(measured)) for value in expected)], "D at inference")
+    limits = [point.limit for curve in curves[:1] for point in curve.points]
+    scale, axis = log_scale([*measured, *limits, *(max(value, min(measured)) for value in expected)], "D at inference")
     rows = [_size_row(curve, point) for curve in curves for point in curve.points]
     marked = [row for row in rows if row["role"]]
     by_role = hue("role", dict(zip(roles(curves), LINES, strict=False)))
@@ -85,6 +89,9 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
         alt.layer(
             faint,
             theory.encode(x=x, y=alt.Y("theory:Q", scale=scale, axis=axis), color=by_role),
+            drawn_from("limit")
+            .mark_line(color=colour("ink"), strokeDash=[1, 4], strokeWidth=1.6, strokeCap="round")
+            .encode(x=x, y=alt.Y("limit:Q", scale=scale, axis=axis)),
             some.mark_line(strokeWidth=2.4).encode(x=x, y=y, color=by_role),
             some.mark_rule(strokeWidth=1.6).encode(
                 x=x, y=alt.Y("low:Q", scale=scale, axis=axis), y2="high", color=by_role
@@ -97,6 +104,7 @@ def batch_sizes(curves: Sequence[SizeCurve]) -> dict[str, Any]:
         height=280,
         rows=rows,
         told=marked,
+        limit=[{"size": point.size, "limit": rounded(point.limit)} for curve in curves[:1] for point in curve.points],
     )
 
 

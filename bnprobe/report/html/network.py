@@ -139,33 +139,28 @@ def layer_table(report: Report) -> Iterator[Block]:
     layers = report.layers
     rows = {row.name: row for row in sources.share_rows(report, layers)}
     impacts = any(layer.impact for layer in layers)
+    several_kinds = len({layer.kind for layer in layers}) > 1
     columns = [
         Column("Layer", number=False),
         Column("Depth"),
         *figure_columns(),
-        Column("n_eq 95%, worse"),
         Column("Limit"),
         Column("Most of it", number=False),
         *([Column("Output change")] if impacts else []),
-        Column("Kind", number=False, on_paper=False),
-        Column("Channels", on_paper=False),
-        Column("Values in a batch", on_paper=False),
+        *([Column("Kind", number=False, on_paper=False)] if several_kinds else []),
         Column("r out of 1/3..3"),
         Column("d out of -5..5"),
     ]
     made = tuple(
         Row(
             (
-                Cell(layer.name, sign=sign_of(layer), note=remark(layer)),
+                Cell(layer.name, sign=sign_of(layer), note="; ".join(filter(None, [remark(layer), _shape(layer)]))),
                 Cell(str(depth), depth),
                 *figure_cells(layer),
-                _interval(layer),
                 _limit(layer),
-                Cell(sources.largest_share(rows[layer.name], words=True).partition(" (")[0]),
+                _most(rows[layer.name]),
                 *([output_change(layer)] if impacts else []),
-                Cell(layer.kind),
-                Cell(f"{layer.channels:,}", layer.channels),
-                Cell(f"{layer.values_per_channel:,}", layer.values_per_channel),
+                *([Cell(layer.kind)] if several_kinds else []),
                 _clipped(layer, "r"),
                 _clipped(layer, "d"),
             ),
@@ -179,6 +174,15 @@ def layer_table(report: Report) -> Iterator[Block]:
     yield from _calls(layers)
 
 
+def _shape(layer: Layer) -> str:
+    return f"{count(layer.channels, 'channel')} of {count(layer.values_per_channel, 'value')}"
+
+
+def _most(row: sources.ShareRow) -> Cell:
+    source, _, part = sources.largest_share(row, words=True).partition(" (")[0].rpartition(" ")
+    return Cell(source, note=part)
+
+
 def remark(layer: Layer) -> str:
     calls = f"{layer.calls_per_forward} calls per forward pass" if layer.calls_per_forward > 1 else ""
     place = (layer.location or "").replace("\\", "/").rpartition("/")[2]  # the path stands with the causes
@@ -186,7 +190,7 @@ def remark(layer: Layer) -> str:
 
 
 def figure_columns() -> list[Column]:
-    return [Column("n_eq train"), Column("n_eq eval"), Column("D, worse")]
+    return [Column("n_eq train (95%)"), Column("n_eq eval (95%)"), Column("D, worse")]
 
 
 def figure_cells(layer: Layer) -> list[Cell]:
@@ -201,15 +205,8 @@ def _equivalent(path: PathMeasurement | None) -> Cell:
     if path is None:
         return Cell(UNMEASURED)
     value = path.equivalent_batch_size
-    return Cell(figures.path_equivalent(path), 1e300 if value is None else value)
-
-
-def _interval(layer: Layer) -> Cell:
-    path = worse_path(layer.train, layer.eval)
-    if path is None:
-        return Cell(UNMEASURED)
-    interval = path.equivalent_batch_size_interval
-    return Cell(figures.equivalent_interval(interval), interval[0])
+    around = figures.equivalent_interval(path.equivalent_batch_size_interval)
+    return Cell(figures.path_equivalent(path), 1e300 if value is None else value, note=around)
 
 
 def _limit(layer: Layer) -> Cell:
@@ -300,7 +297,10 @@ def size_figure(curves: Sequence[charts.SizeCurve], scanned: int) -> Figure:
             (Column("Layer", number=False), *(Column(f"{size:,}") for size in sizes)),
             tuple(Row((Cell(curve.name), *(_size_cell(curve, size) for size in sizes))) for curve in curves),
         ),
-        (f"Dashed: i.i.d. samples, from n_eq at size {scanned}. Upright lines: 95% intervals.",),
+        (
+            f"Dashed: i.i.d. samples, from n_eq at size {scanned}. Upright lines: 95% intervals. Dotted: the limit of"
+            " the worst layer.",
+        ),
         (*keys, *others),
     )
 

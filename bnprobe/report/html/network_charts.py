@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,11 @@ SOURCE_COLOURS = {source.field: source.field.replace("_", "-") for source in SOU
 
 _QUANTILES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
 
-_LABEL = 26
+_LABEL = 36
 """Characters of a name below an axis."""
+
+_MOST_LABELS = 60
+"""So many names have room below an axis."""
 
 _HEADROOM = 1.08
 """The axis of stacked bars is so many times as long as the longest bar."""
@@ -58,9 +62,19 @@ def network_data(layers: Sequence[Layer]) -> tuple[list[str], list[list[Any]]]:
 
 
 def axis_labels(names: Sequence[str], signs: Sequence[str]) -> list[str]:
-    """Names short enough to stand below an axis, all different; with the sign of those that are not fine."""
+    """Names short enough to stand below an axis, all different; with the sign of those that are not fine.
+
+    Where there are more than have room, the layers that are not fine come first, and the others have a number after
+    a blank, which the axis does not show.
+    """
     short = Page(80, unicode=True).shorten(names, _LABEL)
-    return [name if sign == FINE else f"{sign} {name}" for sign, name in zip(signs, short, strict=True)]
+    apart = math.ceil(len(names) / _MOST_LABELS)
+    shown: list[int] = []
+    for place in sorted(range(len(names)), key=lambda place: list(COLOURS).index(signs[place])):
+        if all(abs(place - other) >= apart for other in shown):
+            shown.append(place)
+    labels = [name if sign == FINE else f"{sign} {name}" for sign, name in zip(signs, short, strict=True)]
+    return [label if place in shown else f" {place}" for place, label in enumerate(labels)]
 
 
 def full_mismatch(layers: Sequence[Layer]) -> float:
@@ -128,12 +142,12 @@ def _depth_axis(labelled: bool) -> Any:
         title=None,
         labels=labelled,
         ticks=False,
-        labelAngle=-55,
+        labelAngle=-90,
         labelLimit=0,
-        labelOverlap="greedy",
+        labelOverlap=False,
+        labelOpacity={"condition": {"test": {"field": "value", "lt": "!"}, "value": 0}, "value": 1},  # those of numbers
         labelPadding=4,
         domain=True,
-        labelSeparation=2,
     )
     return alt.X("label:N", sort=None, axis=axis, scale=alt.Scale(paddingInner=0.18, paddingOuter=0.3))
 

@@ -246,7 +246,7 @@ class Document:
     data: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = field(default_factory=dict)
 
 
-_WIDTHS = (70, 180, 400)
+_WIDTHS = (24, 180, 400)
 """With more columns than these a chart is wider, step by step."""
 
 

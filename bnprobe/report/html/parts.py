@@ -12,8 +12,11 @@ from bnprobe.report.next_step import NextStep
 from bnprobe.report.page import UNMEASURED, RenderOptions
 
 
-def next_step(step: NextStep) -> list[Block]:
-    """What to do next."""
+def next_step(step: NextStep | None) -> list[Block]:
+    """What to do next, where there is anything: a page is saved already."""
+    step = None if step is None else step.when_saved
+    if step is None:
+        return []
     return [Text((step.why,))] if step.command is None else [Command(step.why, (step.command,))]
 
 

@@ -24,8 +24,9 @@ from bnprobe.report.html.page import (
     Tiles,
     signs_among,
 )
-from bnprobe.report.html.parts import environment, points, reproduce, skipped_cards
+from bnprobe.report.html.parts import environment, next_step, points, reproduce, skipped_cards
 from bnprobe.report.html.vega import LINES
+from bnprobe.report.next_step import sweep_step
 from bnprobe.report.page import UNMEASURED, RenderOptions, standing
 from bnprobe.stats.theory import equivalent_batch_size
 
@@ -42,7 +43,7 @@ def sweep_page(report: SweepReport, options: RenderOptions) -> Document:
         sign=words.verdict_sign(report),
         verdict=f"{words.one_line(report)}.",
         sentences=(*words.conclusion(report), *tracking),
-        top=(Tiles(tuple(_tiles(report))),),
+        top=(Tiles(tuple(_tiles(report))), *next_step(sweep_step(report, options.command))),
         sections=(
             Section("sizes", "Inference at each batch size", tuple(_sizes(report)), "Inference"),
             Section("layers", "From which batch size on a layer passes", tuple(_smallest(report)), "All layers"),

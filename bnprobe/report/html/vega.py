@@ -18,6 +18,9 @@ SMALLEST = 1e-4
 
 _DIGITS = 5
 
+_MOST_TICKS = 9
+"""So many labels have room beside an axis."""
+
 _Given = ParamSpec("_Given")
 
 
@@ -108,13 +111,15 @@ def told(*fields: tuple[str, str]) -> list[Any]:
 
 
 def log_scale(values: Sequence[float], title: str) -> tuple[Any, Any]:
-    """A logarithmic axis with a little room around the values, and labels at 1, 2 and 5 or at powers of ten."""
+    """A logarithmic axis with a little room around the values, and labels at 1, 2 and 5, or at powers of ten."""
     low, high = min(values) / 1.4, max(values) * 1.4
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(decades) <= 4 else (1, 3) if len(decades) <= 6 else (1,)
-    ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) > _MOST_TICKS:
+        ticks = [float(f"1e{decade}") for decade in decades if low <= float(f"1e{decade}") <= high]
     scale = altair().Scale(type="log", domain=[rounded(low), rounded(high)], nice=False, clamp=True)
-    return scale, y_axis(title, values=[tick for tick in ticks if low <= tick <= high], format="~g")
+    return scale, y_axis(title, values=ticks, format="~g")
 
 
 def floored(mismatch: float | None) -> float | None:

@@ -32,7 +32,7 @@ def verify_page(found: Verification, options: RenderOptions) -> Document:
     """The page of a verification."""
     sign, verdict, sentences = words.closing(found)
     return Document(
-        title=f"bnprobe: {words.one_line(found)}",
+        title=words.title(found),
         sign=sign,
         verdict=verdict,
         sentences=sentences,

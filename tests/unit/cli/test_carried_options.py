@@ -51,6 +51,7 @@ def test_what_chooses_model_and_data_is_carried_over_wherever_it_can_be() -> Non
 
 def test_the_flags_are_those_of_a_scan() -> None:
     assert {name for name, option in options_of("scan").items() if option.is_flag} - {"--help"} == FLAGS
+    assert {name for name, option in options_of("sweep").items() if option.is_flag} - {"--help"} <= FLAGS
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.commands], ids=lambda rule: rule.code)

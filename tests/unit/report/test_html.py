@@ -27,8 +27,9 @@ from bnprobe.records import SOURCES, Gap, Layer, Record, RepairRecord, Report, S
 from bnprobe.report import FORMATS, RenderOptions, diagnoses, further, render, sweep, verify
 from bnprobe.report import repair as repairs_in_words
 from bnprobe.report.html import network_charts
+from bnprobe.report.html.vega import log_scale
 from bnprobe.report.json import dump, load_report
-from bnprobe.report.page import clean
+from bnprobe.report.page import FINE, FLAGGED, clean
 from bnprobe.report.repair import RepairReport
 from bnprobe.rules import RULES
 from bnprobe.rules.docs import manual
@@ -208,7 +209,8 @@ def test_the_verdict_is_that_of_the_terminal(case: tuple[str, str], page: Page) 
     if case[0] == "scan":
         end = diagnoses.closing(found, COMMAND)
         expected = end.headline
-        assert end.step.command is None or end.step.command in page.words
+        step = end.step.when_saved
+        assert step is None or (step.command or step.why) in page.words
     elif case[0] == "repair":
         _, expected = repairs_in_words.verdict(found.record)
     else:
@@ -342,6 +344,11 @@ def test_skipped_layers_are_named_with_the_reason() -> None:
         assert layer.reason in text
 
 
+def test_a_page_does_not_say_how_to_save_it() -> None:
+    assert "To save the report:" in render(fabricated.healthy(), "terminal")
+    assert "To save the report:" not in page_of(fabricated.healthy()).words
+
+
 def test_the_command_that_gave_the_report_is_there_where_it_is_known() -> None:
     report = fabricated.healthy()
     assert COMMAND in said(page_of(report, command=COMMAND).by_id("how"))
@@ -358,6 +365,10 @@ def test_the_page_of_a_sweep_has_every_layer_and_the_rates() -> None:
     measured = [layer.name for layer in report.layers if layer.eval]
     assert [row["Layer"].split()[1] for row in page.table("Batch size from which on")] == measured
     assert {row["name"] for row in page.data["batch-sizes-1/rows"]} == set(measured)
+    worst = max(report.layers, key=lambda layer: layer.eval[0].mismatch if layer.eval else 0.0)
+    assert [row["limit"] for row in page.data["batch-sizes-1/limit"]] == [
+        pytest.approx(point.limit, rel=1e-4) for point in worst.eval
+    ]
     points = report.momentum.model.points
     assert len(page.data["rates-1/rows"]) == 3 * len(points)
     best = {(row["start"], row["rate"]) for row in page.data["rates-1/best"]}
@@ -404,6 +415,7 @@ def test_the_page_of_a_verification_has_every_layer_before_and_after() -> None:
     rows = page.data["before-after-1/rows"]
     assert [row["name"] for row in rows] == [layer.name for layer in found.layers]
     assert len(page.table("D is the larger")) == len(found.layers)
+    assert said(page.all("header")[0]).startswith("bnprobe 0.1.0: verify of sample_configs/digits/model.py:load_model")
     for problem in found.problems:
         assert problem in page.words
 
@@ -448,6 +460,26 @@ def test_a_network_of_800_layers_stays_small() -> None:
     assert len(page.data[network_charts.LAYERS]) == 800
     assert len({row["label"] for row in page.data[network_charts.LAYERS]}) == 800
     assert len(page.table("800 layers")) == 800
+
+
+def test_flagged_layers_are_named_below_an_axis_however_many_there_are() -> None:
+    for number in (9, 60, 300):
+        signs = [FLAGGED if place % 50 == 7 else FINE for place in range(number)]
+        names = [f"backbone.stage.{place // 10}.block.{place % 10}.downsample.norm" for place in range(number)]
+        labels = network_charts.axis_labels(names, signs)
+        shown = [label for label in labels if not label.startswith(" ")]
+        assert len(set(labels)) == number
+        assert min(number, 40) <= len(shown) <= 60
+        flagged = [labels[place] for place in range(number) if signs[place] == FLAGGED]
+        assert all(label.startswith(FLAGGED) and label.endswith(".norm") for label in flagged)
+
+
+@pytest.mark.parametrize("values", [(0.004, 0.9), (0.0004, 1.2), (1e-4, 1e4), (0.02, 0.05)])
+def test_a_logarithmic_axis_counts_in_1_2_5_or_in_decades(values: tuple[float, float]) -> None:
+    ticks = log_scale(values, "D")[1]["values"]
+    first = {float(f"{tick:e}".partition("e")[0]) for tick in ticks}
+    assert first in ({1.0}, {1.0, 2.0, 5.0}, {2.0, 5.0})
+    assert 2 <= len(ticks) <= 9
 
 
 def test_the_worst_layers_are_drawn_of_many_at_each_batch_size() -> None:

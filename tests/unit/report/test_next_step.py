@@ -9,15 +9,17 @@ from typing import Any
 import fabricated_causes as causes
 import fabricated_reports as fabricated
 import pytest
+from fabricated_documents import document
 from fabricated_parts import SCAN, report
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score
+from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score, Smallest
 from bnprobe.report.diagnoses import closing as verdict
-from bnprobe.report.next_step import advised_step, with_options
+from bnprobe.report.next_step import advised_step, sweep_step, with_options
 from bnprobe.report.page import RenderOptions, broken
 from bnprobe.report.scan import render
+from bnprobe.report.sweep import render as render_sweep
 from bnprobe.rules import RULES
 from bnprobe.stats.theory import mismatch_iid
 
@@ -288,6 +290,19 @@ def test_frozen_layers_are_told_apart_and_statistics_that_do_not_fit_are_not_pas
     gap = Gap("metric", 0.9, 0.9, 0.9, None, 0.0, 0.0, None)
     scored = replace(found, summary=replace(found.summary, gaps=(gap,)))
     assert len(verdict(scored, COMMAND).sentences) == 1
+
+
+def test_after_a_sweep_comes_a_scan_at_the_size_that_is_enough() -> None:
+    sweep: Any = document("sweep", "sizes")
+    command = (
+        "bnprobe sweep model.py --checkpoint w.pt --batch-size 2 --batch-sizes 1,2,16 --format html --output s.html"
+    )
+    step = sweep_step(sweep, command)
+    assert step.command == "bnprobe scan model.py --checkpoint w.pt --batch-size 16"
+    assert step.why in render_sweep(sweep, RenderOptions(command=command))
+    without = replace(sweep, smallest=Smallest(None, None))
+    assert sweep_step(without, command).command == "bnprobe scan model.py --checkpoint w.pt --batch-size 2"
+    assert sweep_step(replace(sweep, layers=sweep.layers[:1]), command) is None
 
 
 def test_batch_sizes_beyond_the_images_measured_come_with_more_batches() -> None:

@@ -124,7 +124,9 @@ ODD = st.one_of(
 )
 def test_layers_of_any_name_fit(names: list[str], figures: list[float | None], width: int, unicode: bool) -> None:
     layers = tuple(LayerComparison(name, figures[0], figures[1], True, False) for name in names)
-    found = Verification(False, tuple(names), layers, tuple(names), (), *figures, tuple(names))
+    found = Verification(
+        repairs.TOOL, repairs.MODEL, False, tuple(names), layers, tuple(names), (), *figures, tuple(names)
+    )
     text = render(found, RenderOptions(width=width, unicode=unicode))
     assert "\x1b" not in text
     assert unicode or text.isascii()
