@@ -3,6 +3,19 @@
 ``report = bnprobe.scan(model, batches, batch_size=2)`` measures, and ``print(report)`` shows what was found.
 Everything that users may rely on is listed in ``__all__``, in ``bnprobe.nn`` and in ``bnprobe.errors``. Other packages
 extend bnprobe through the registries of ``docs/extending.md``. All else is internal.
+
+The examples of the functions and results begin with these lines: a network of large batches, and 64 single pixels.
+
+>>> import torch
+>>> from torch import nn
+>>> from torch.utils.data import DataLoader, TensorDataset
+>>> import bnprobe
+>>> _ = torch.manual_seed(0)
+>>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+>>> pixels = torch.randn(64, 3, 1, 1)
+>>> for _ in range(200):
+...     _ = model(pixels)
+>>> loader = DataLoader(TensorDataset(pixels, torch.arange(64) % 2), batch_size=32, shuffle=True)
 """
 
 from __future__ import annotations

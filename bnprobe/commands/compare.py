@@ -25,6 +25,7 @@ def compare(reports: Sequence[Report] | Mapping[str, Report]) -> Comparison:
         UsageError: There are fewer than two, something is no report, or two neighbours have no layer in common.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> reports = {f"batch size {size}": bnprobe.scan(model, loader, batch_size=size) for size in (8, 4)}
         >>> comparison = bnprobe.compare(reports)
         >>> [scan.name for scan in comparison.scans]

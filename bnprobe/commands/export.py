@@ -134,7 +134,8 @@ def export(
         BnprobeError: See ``bnprobe.errors`` for the tree.
 
     Example:
-        >>> report = bnprobe.export(model, loader, folder / "model.pt2")
+        >>> # model and loader are made as in help(bnprobe)
+        >>> report = bnprobe.export(model, loader, "model.pt2")
         >>> report.ok
         True
     """

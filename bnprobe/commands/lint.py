@@ -38,6 +38,7 @@ def lint(model: nn.Module, *, select: Sequence[str] = (), ignore: Sequence[str] 
         UsageError: No rule of a code exists, or no rule selected can judge a model alone.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> found = bnprobe.lint(model)
         >>> found.ok
         True

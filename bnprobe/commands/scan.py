@@ -87,6 +87,7 @@ def scan(
         BnprobeError: See ``bnprobe.errors`` for the tree; its ``report`` holds what was measured before.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> report = bnprobe.scan(model, loader, batch_size=2, num_batches=16)
         >>> report
         <Report: Sequential, 1 of 1 layer flagged, 1 error: batches too small>

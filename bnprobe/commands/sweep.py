@@ -85,6 +85,7 @@ def sweep(
         BnprobeError: See ``bnprobe.errors`` for the tree.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> sweep = bnprobe.sweep(model, loader, batch_size=2, batch_sizes=[2, 4, 16])
         >>> sweep.smallest.likely
         16

@@ -33,6 +33,7 @@ def verify(before: Report, after: Report) -> Verification:
         UsageError: The reports have no layer in common.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> before = bnprobe.scan(model, loader, batch_size=2)
         >>> after = bnprobe.scan(bnprobe.convert(model, before), loader, batch_size=2)
         >>> bnprobe.verify(before, after).ok

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 SCHEMA_VERSION = 1
@@ -16,9 +16,36 @@ OMITTED_WHEN_EMPTY = frozenset({"baseline", "statistics"})
 
 
 class Record:
-    """Base of all records. Where pydantic reads one, a key that is no field is an error."""
+    """Base of all records. Where pydantic reads one, a key that is no field is an error.
+
+    As text it is a line: records in it are named, and long collections counted.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass writes one only if the class has none
+
+    def __repr__(self) -> str:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={_short(value)}' for name, value in values.items())})"
+
+
+_MOST_ITEMS = 8
+"""Longer collections are counted."""
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Record):
+        return f"{type(value).__name__}(...)"
+    if not isinstance(value, tuple | list | dict) or (_is_plain(value) and len(value) <= _MOST_ITEMS):
+        return repr(value)
+    return f"<{type(value).__name__} of {len(value)}>"
+
+
+def _is_plain(values: Iterable[object]) -> bool:
+    return not any(isinstance(value, Record | tuple | list | dict) for value in values)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class LayerTrend(Record):
     trend: Trend
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Comparison(Document):
     """Scans of one model, compared layer by layer.
 
@@ -81,6 +81,12 @@ class Comparison(Document):
         scans: In the order given.
         layers: Of all scans, in network order.
         notes: Differences that weaken the comparison (batch size, data, seed), a sentence each.
+
+    Example:
+        >>> # model and loader are made as in help(bnprobe)
+        >>> report = bnprobe.scan(model, loader, batch_size=2)
+        >>> bnprobe.compare({"first": report, "second": report}).layers[0].trend
+        'same'
     """
 
     tool: Tool

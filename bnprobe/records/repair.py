@@ -42,7 +42,7 @@ class Refusal(Record):
     reason: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Plan(Document):
     """What a repair would change; planning changes nothing.
 
@@ -287,7 +287,7 @@ class LayerComparison(Record):
     lost: bool = False
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Verification(Tabular):
     """Two reports of one model, compared.
 
@@ -300,6 +300,12 @@ class Verification(Tabular):
         output_before, output_after: Relative L2 distance of the outputs on the two paths; None where not measured.
         notes: Differences that weaken the comparison (batch size, data, seed), a sentence each.
         unchanged: Both reports have the same figures: there was no repair, and none is missing.
+
+    Example:
+        >>> # model and loader are made as in help(bnprobe)
+        >>> report = bnprobe.scan(model, loader, batch_size=2)
+        >>> bnprobe.verify(report, report).unchanged
+        True
     """
 
     tool: Tool
@@ -330,7 +336,7 @@ class Difference(Record):
     relative: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ExportReport(Document):
     """The result of an export.
 
@@ -342,6 +348,11 @@ class ExportReport(Document):
         differences: The file's outputs against those of the model, batch by batch; empty: the file could not be run.
         quantization: The quantized model's outputs against those of the model as loaded; empty: not quantized.
         notes: What the reader should know, a sentence each.
+
+    Example:
+        >>> # model and loader are made as in help(bnprobe)
+        >>> bnprobe.export(model, loader, "exported.pt2").output
+        'exported.pt2'
     """
 
     format: str

@@ -159,12 +159,21 @@ class Scan(Record):
     missing: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Report(Plotted):
     """The result of a scan.
 
     Attributes:
         baseline: The findings against those that are known; left out where no baseline was given.
+
+    Example:
+        >>> # model and loader are made as in help(bnprobe)
+        >>> report = bnprobe.scan(model, loader, batch_size=2)
+        >>> report["1"].flagged
+        True
+        >>> report.save("report.json")
+        >>> bnprobe.Report.load("report.json") == report
+        True
     """
 
     schema_version: int
@@ -186,7 +195,7 @@ class Report(Plotted):
         return next((diagnosis for diagnosis in alone if diagnosis.severity == "error"), None)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class LintReport(Document):
     """The result of a lint.
 
@@ -198,6 +207,11 @@ class LintReport(Document):
         skipped: Layers that could not be judged.
         notes: Which weights were judged, and what else was noticed while loading; one sentence each.
         baseline: The findings against those that are known; left out where no baseline was given.
+
+    Example:
+        >>> # model and loader are made as in help(bnprobe)
+        >>> bnprobe.lint(model).verdicts[0].outcome
+        'passed'
     """
 
     tool: Tool

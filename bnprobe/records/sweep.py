@@ -160,7 +160,7 @@ class MomentumSweep(Record):
     layers: tuple[MomentumCurve, ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class SweepReport(Plotted):
     """The result of a sweep.
 
@@ -170,6 +170,12 @@ class SweepReport(Plotted):
         momentum: With ``--momentum``.
         notes: Further facts that affect the sweep, a sentence each.
         partial: True if Ctrl-C ended it early.
+
+    Example:
+        >>> # model and loader are made as in help(bnprobe)
+        >>> sweep = bnprobe.sweep(model, loader, batch_size=2, batch_sizes=[2, 32])
+        >>> [point.standing for point in sweep["1"].eval]
+        ['fails', 'passes']
     """
 
     schema_version: int

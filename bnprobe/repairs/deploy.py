@@ -30,6 +30,7 @@ def deployable_state(converted: nn.Module, original: nn.Module, *, domain: int |
         UsageError: A layer has no such domain.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> repaired = bnprobe.convert(model)
         >>> model.load_state_dict(bnprobe.deployable_state(repaired, model))
         <All keys matched successfully>

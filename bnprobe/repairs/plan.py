@@ -59,6 +59,7 @@ def convert(
         UsageError: An option is unknown, has a wrong value, or has no effect on layers of ``to``.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> report = bnprobe.scan(model, loader, batch_size=2)
         >>> repaired = bnprobe.convert(model, report)  # the layers that it flags, to Batch Renorm
         >>> repaired[1]

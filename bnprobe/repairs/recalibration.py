@@ -121,6 +121,7 @@ def recalibrate(
         BnprobeError: See ``bnprobe.errors`` for the tree.
 
     Example:
+        >>> # model and loader are made as in help(bnprobe)
         >>> model = bnprobe.recalibrate(model, loader, batch_size=32)
         >>> int(model[1].num_batches_tracked)
         2

@@ -319,7 +319,7 @@ def write_schemas() -> None:
 
 def _docstring(record: type) -> tuple[str, dict[str, str]]:
     """The summary of a record's docstring, and the text of each of its attributes."""
-    summary, _, listed = docstring(record).partition("\n\nAttributes:\n")
+    summary, _, listed = docstring(record).partition("\n\nExample:")[0].partition("\n\nAttributes:\n")
     attributes: dict[str, str] = {}
     names: list[str] = []
     for line in listed.splitlines():

@@ -50,7 +50,7 @@ class Files:
     log: str | None = None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class RepairReport(Document):
     """The result of a repair.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,18 @@ def test_print_shows_what_the_terminal_shows_and_repr_is_one_line(kind: str, nam
 def test_repr_names_the_model_the_layers_and_the_verdict() -> None:
     expected = "<Report: sample_configs/digits/model.py:load_model, 6 of 9 layers flagged, 2 errors: batches too small>"
     assert repr(fabricated.flagged()) == expected
+
+
+def test_a_record_is_a_line_that_names_the_records_in_it() -> None:
+    layer = causes.lag().layers[1]
+    text = repr(layer)
+    assert text.startswith(f"Layer(name='{layer.name}', aliases=(), kind='BatchNorm2d'")
+    assert "eval=PathMeasurement(...)" in text
+    assert len(text) < 1000
+    assert len(repr(layer.train.r)) < 600  # type: ignore[union-attr]
+    verdict = causes.lag().verdicts[0]
+    assert all(repr(value) in repr(verdict) for value in asdict(verdict).values())  # so that a failed test shows it all
+    assert "<tuple of 20>" in repr(replace(layer, aliases=tuple("abcdefghijklmnopqrst")))
 
 
 def test_str_is_the_short_form_and_the_whole_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
