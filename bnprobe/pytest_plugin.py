@@ -78,7 +78,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker(MARKER)
         if marker is not None and isinstance(item, pytest.Function):
-            names = (marker.kwargs.get(name, name) for name in ("model", "loader"))
+            names = [marker.kwargs.get(name, name) for name in ("model", "loader")]
+            for name in names:
+                if not isinstance(name, str):
+                    raise pytest.UsageError(f"{item.nodeid}: {MARKER} takes names of fixtures, but got {name!r}.")
             item.fixturenames.extend(name for name in names if name not in item.fixturenames)
 
 
@@ -91,5 +94,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         settings = {name: value for name, value in marker.kwargs.items() if name not in ("model", "loader")}
         model: Any = item.funcargs[marker.kwargs.get("model", "model")]
         loader = item.funcargs[marker.kwargs.get("loader", "loader")]
-        assert_bn_healthy(model, loader, *marker.args, **settings)
+        from bnprobe.errors import BnprobeError
+
+        try:
+            assert_bn_healthy(model, loader, *marker.args, **settings)
+        except BnprobeError as error:  # of the marker or the fixtures: no line of bnprobe's own says more
+            pytest.fail(f"{MARKER}: {error}", pytrace=False)
     return result

@@ -33,12 +33,13 @@ from bnprobe.config.spec import PLAIN, RepairSpec, Spec
 from bnprobe.config.targets import AUTO, TARGETS, Target
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
+from bnprobe.loading.arguments import device_named
 from bnprobe.loading.model import require_state
 from bnprobe.loading.workload import Workload, load_model_only, load_workload, read_again
 from bnprobe.measure.batch import to_device
 from bnprobe.measure.rank_agreement import digest_of
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import Progress, default_forward, device_named, no_progress
+from bnprobe.measure.session import Progress, default_forward, no_progress
 from bnprobe.nn.per_domain import current_domain
 from bnprobe.paths import placed
 from bnprobe.records import SCHEMA_VERSION, Plan, Proof, RepairRecord, Report, RequirementResult, Tool, TrainingStep

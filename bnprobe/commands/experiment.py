@@ -33,6 +33,7 @@ from bnprobe.config.spec import RepairSpec, Spec, TrainSpec
 from bnprobe.config.targets import TARGETS
 from bnprobe.distributed import ALONE, World, launched
 from bnprobe.errors import NothingToProbeError, RepairError, UsageError
+from bnprobe.loading.arguments import device_named
 from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction, LoadedModel
 from bnprobe.loading.optimizer import load_optimizer, load_schedule
@@ -41,7 +42,7 @@ from bnprobe.loading.workload import Workload, read_again
 from bnprobe.measure.reader import RepeatedReader, lasting
 from bnprobe.measure.restore import preserved_random_state, seed_everything
 from bnprobe.measure.scores import ScoreTable
-from bnprobe.measure.session import autocast_dtype, default_forward, device_named
+from bnprobe.measure.session import autocast_dtype, default_forward
 from bnprobe.numbers import number
 from bnprobe.records import ROOT, Arm, Goal, Measure, Plan, Proof, Run, TrainingStep
 from bnprobe.repairs import apply

@@ -12,10 +12,11 @@ from bnprobe.commands.scan import scan_workload, whole
 from bnprobe.config import PathChoice
 from bnprobe.config.spec import ScanSettings, Spec
 from bnprobe.errors import NonFiniteError, UsageError
+from bnprobe.loading.arguments import device_named
 from bnprobe.loading.model import require_state
 from bnprobe.loading.workload import Workload, load_workload, read_again
 from bnprobe.measure.restore import preserved_random_state, seed_everything
-from bnprobe.measure.session import Progress, device_named, no_progress
+from bnprobe.measure.session import Progress, no_progress
 from bnprobe.records import SCHEMA_VERSION, RepairRecord, Report, Tool
 from bnprobe.repairs import left_out, on_host
 from bnprobe.repairs.recalibration_compared import Compared, recalibrate_compared

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from bnprobe.config.load import settings_from, shown
 from bnprobe.config.spec import ScanSettings
-from bnprobe.errors import UsageError
+from bnprobe.errors import BnprobeError, DeviceError, UsageError
 from bnprobe.wording import given, option
 
 
@@ -36,15 +37,22 @@ def check_call(
 
     Raises:
         UsageError: Names every argument that is wrong or missing.
+        DeviceError: Only the device is not there.
     """
-    problems = [*_of_model(model), *_of_functions(functions)]
-    found = None
+    problems: list[BnprobeError] = [*map(UsageError, _of_model(model)), *map(UsageError, _of_functions(functions))]
+    found, name = None, settings.get("device")
     try:
         found = settings_from(settings, called)
     except UsageError as error:
-        problems.append(str(error))
+        problems.append(error)
+    try:
+        device_named(name if isinstance(name, str) else "auto", nn.Module())
+    except DeviceError as error:
+        problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
     if problems or found is None:
-        raise UsageError("\n".join(problems))
+        raise UsageError("\n".join(map(str, problems)))
     return found
 
 
@@ -59,6 +67,27 @@ def _of_functions(functions: Mapping[str, object]) -> Iterable[str]:
     for name, function in functions.items():
         if function is not None and not callable(function):
             yield f"Expected a function for {name}, but got {shown(function)}."
+
+
+def device_named(name: str, model: nn.Module) -> torch.device:
+    """The device asked for; "auto" is the model's own, or CUDA where the model is on the CPU and CUDA is there.
+
+    Raises:
+        DeviceError: It is not there.
+    """
+    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if name == "auto":
+        return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError) as error:
+        have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
+        raise DeviceError(
+            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. This machine has cpu and {have};"
+            f" use {option('--device', 'cpu')}."
+        ) from None
+    return device
 
 
 def lacking(settings: ScanSettings, loss: object, metric: object, held_out: object) -> list[str]:

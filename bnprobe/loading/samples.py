@@ -116,7 +116,8 @@ def kind_of_sample(batch: Any, samples: int | None = None) -> str:
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if isinstance(batch, PackedSequence) or any(isinstance(part, PackedSequence) for part in parts):
         return "sequence"
-    first = next((leaf for _, leaf in named_leaves(batch)), None)
+    # A value for each sample, as a label, may stand before what it is the label of.
+    first = next((leaf for _, leaf in named_leaves(batch) if not isinstance(leaf, Tensor) or leaf.ndim > 1), None)
     if not isinstance(first, Tensor) or not (first.is_floating_point() or first.dtype == torch.uint8):
         return "sample"
     if samples is not None and first.shape[:1] != (samples,):

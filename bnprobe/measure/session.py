@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
-from bnprobe.errors import DataError, DeviceError, EndOfPass
+from bnprobe.errors import DataError, EndOfPass
+from bnprobe.loading.arguments import device_named
 from bnprobe.loading.model import BatchFunction, attribute, eagerly, require_values, signature_of, user_code
 from bnprobe.loading.returned import written_at
 from bnprobe.loading.samples import require_readable
@@ -42,7 +43,7 @@ from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import FunctionFamily, place_of
 from bnprobe.measure.recognition import own_tensors
 from bnprobe.measure.restore import ModelState, held_in_eval, keep_random_state, set_mode
-from bnprobe.wording import either, option
+from bnprobe.wording import either
 
 Outputs = dict[tuple[int, ...], Any]
 """Outputs of the model, by the positions in the batch of the tensors that it was called on."""
@@ -336,27 +337,6 @@ class Session:
         self._frozen = frozenset(layer.index for layer in self.layers.layers if not layer.module.training)
         functions = [layer.index for layer in self.layers.layers if isinstance(layer.family, FunctionFamily)]
         self._functions = frozenset(functions) - self._frozen
-
-
-def device_named(name: str, model: nn.Module) -> torch.device:
-    """The device asked for; "auto" is the model's own, or CUDA where the model is on the CPU and CUDA is there.
-
-    Raises:
-        DeviceError: It is not there.
-    """
-    own = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    if name == "auto":
-        return torch.device("cuda") if own.type == "cpu" and torch.cuda.is_available() else own
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError) as error:
-        have = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
-        raise DeviceError(
-            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. This machine has cpu and {have};"
-            f" use {option('--device', 'cpu')}."
-        ) from None
-    return device
 
 
 def autocast_dtype(name: str | None) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bnprobe.config.spec import Spec
 from bnprobe.errors import DataError
+from bnprobe.loading.arguments import device_named
 from bnprobe.loading.data import BatchSource
 from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.order import spread
@@ -21,7 +22,7 @@ from bnprobe.measure.batch import CannotEmulateError, join, pick, tensors_of
 from bnprobe.measure.extremes import is_ragged
 from bnprobe.measure.reader import lasting
 from bnprobe.measure.scores import ScoreTable, why_unscored
-from bnprobe.measure.session import autocast_dtype, device_named
+from bnprobe.measure.session import autocast_dtype
 from bnprobe.numbers import count
 from bnprobe.records import Measure, Score, leading
 from bnprobe.training import evaluate, score_table

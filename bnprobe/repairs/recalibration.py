@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from bnprobe.config import PathChoice, StatisticsPath
 from bnprobe.config.spec import ScanSettings, matches_any
 from bnprobe.errors import NonFiniteError, NothingToProbeError, RepairError, UsageError
-from bnprobe.loading.arguments import check_call
+from bnprobe.loading.arguments import check_call, device_named
 from bnprobe.loading.data import BatchSource, as_batch_source
 from bnprobe.loading.model import BatchFunction, unwrapped
 from bnprobe.loading.order import spread
@@ -40,7 +40,7 @@ from bnprobe.measure.restore import (
     undone_if_failed,
     untouched,
 )
-from bnprobe.measure.session import Progress, Session, UserFunctions, device_named, no_progress
+from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.numbers import listed
 from bnprobe.records import ROOT
 from bnprobe.wording import from_python, nearest, option

@@ -265,7 +265,7 @@ def best_first(found: Sequence[Remedy], measure: Measure, goal: Goal = "max") ->
 
 
 def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max") -> str:
-    """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08 (95%: -1.9 to -1.8).".
+    """What the best remedy does, e.g. "Recalibrating takes the loss from 1.92 to 0.08 (95%: by -1.9 to -1.8).".
 
     A change whose interval contains 0 is no gain: then it is the best of those whose gain is sure. One that is sure
     but too little to act on is called so; and where the loss ranks, what the metric does is said, too.
@@ -285,7 +285,7 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
     start, end = ends(sure, measure)
     change = change_of(sure, measure)
     interval = (
-        "" if change is None or change.interval is None else f" (95%: {figures.signed_interval(change.interval)})"
+        "" if change is None or change.interval is None else f" (95%: by {figures.signed_interval(change.interval)})"
     )
     little = ", which is little" if _is_little(sure, measure, goal) else ""
     more = "" if sure is best else "; what gains more in the table is not sure"
@@ -307,7 +307,8 @@ def _beside(remedy: Remedy, measure: Measure) -> str:
     start, end = ends(remedy, "metric")
     if measure == "metric" or start is None or end is None:
         return ""
-    return f"; the metric goes from {figures.score(start)} to {figures.score(end)}"
+    before, after = figures.score(start), figures.score(end)
+    return f"; the metric stays at {after}" if before == after else f"; the metric goes from {before} to {after}"
 
 
 def ends(remedy: Remedy, measure: Measure) -> tuple[float | None, float | None]:

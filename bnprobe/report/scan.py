@@ -498,7 +498,7 @@ def _output_figures(found: Output) -> list[str]:
     if found.relative_l2 is not None:
         sentences.append(f"The outputs are {figures.relative(found.relative_l2)} apart (relative L2).")
     if found.argmax_changed is not None:
-        changed = percent(found.argmax_changed)
+        changed = percent(found.argmax_changed) if found.argmax_changed else "none"
         what = "The predicted class changes" if found.predicts_labels else "The largest of the outputs is another one"
         sentences.append(f"{what} for {changed} of the samples.")
     if found.kl_divergence is not None and found.predicts_labels:

@@ -323,10 +323,9 @@ def test_objects_in_a_checkpoint_are_not_unpickled(here: Workspace) -> None:
     assert here.run_script("objects.py").code == CLEAN
     given = ("--checkpoint", "objects.ckpt", "--data", "lit.py:Digits")
     assert error(here, "objects.py:Holding", *given) == (
-        'The argument "criterion" of objects.py:Holding is saved in objects.ckpt as an object of'
-        " torch.nn.modules.loss.CrossEntropyLoss, and objects are not read, since that would run code from the file."
-        " Give it by --model-arg criterion=VALUE, or write a function that returns Holding(...) and name it as"
-        " objects.py:FUNCTION; or, if you trust the file, give --unsafe-load."
+        "1 argument of objects.py:Holding in objects.ckpt is an object, and objects are not read, since that would run"
+        ' code from the file: "criterion" (torch.nn.modules.loss.CrossEntropyLoss). Write a function that returns'
+        " Holding(...) and name it as objects.py:FUNCTION; or, if you trust the file, give --unsafe-load."
     )
     assert scan(here, "objects.py:Holding", *given, "--unsafe-load")["layers"]
     assert scan(here, "objects.py:load_model", *given)["layers"]

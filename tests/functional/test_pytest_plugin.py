@@ -153,6 +153,29 @@ def test_what_passes_and_what_fails_and_why(run: pytest.Pytester) -> None:
     assert "fixture 'missing' not found" in said
 
 
+def test_what_is_wrong_with_a_marker_is_a_sentence(run: pytest.Pytester) -> None:
+    run.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.bn_healthy(batch_sise=2)
+        def test_unknown(): pass
+
+        @pytest.mark.bn_healthy(device="cdua")
+        def test_device(): pass
+        """
+    )
+    said = run.runpytest_subprocess(timeout=120).stdout.str()
+    assert "bn_healthy: " in said
+    assert "batch_sise" in said
+    assert "The device 'cdua' cannot be used" in said
+    assert "Traceback" not in said
+    assert "pytest_plugin.py" not in said
+    run.makepyfile("import pytest\n@pytest.mark.bn_healthy(model=3)\ndef test_it(): pass")
+    refused = run.runpytest_subprocess(timeout=120)
+    assert "bn_healthy takes names of fixtures, but got 3" in refused.stderr.str()
+
+
 def test_the_marker_is_listed_and_the_plugin_imports_nothing_slow(run: pytest.Pytester) -> None:
     run.runpytest_inprocess("--markers").stdout.fnmatch_lines(["@pytest.mark.bn_healthy(model=*"])
     slow = "{'torch', 'numpy', 'rich', 'pydantic'}"

@@ -9,18 +9,20 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from bnprobe.config.nodes import MARKS, is_node
 from bnprobe.config.spec import CheckpointSpec
 from bnprobe.errors import CheckpointError, ModelError
 from bnprobe.loading.model import required_of
 from bnprobe.loading.weights import Stub, read_arguments, read_weights, weights_file
-from bnprobe.numbers import listed
+from bnprobe.numbers import count, joined, listed
 from bnprobe.paths import placed
 from bnprobe.records import Goal
 
@@ -174,37 +176,54 @@ def arguments_for(
     if whole is not None and whole in parameters:
         saved = {whole: _as_settings(saved)}
     used = {key: value for key, value in saved.items() if (key in parameters or takes_all) and key not in given}
-    for key, value in used.items():
-        _refuse_object(key, value, kind, name, file, option.replace("NAME", key))
+    _refuse_objects(used, kind, name, file, option)
     missing = [key for key in required_of(kind) if key not in used and key not in given]
     if missing:
-        of_file = f"{file} has not saved (save_hyperparameters)" if file else "is not given: there is no --checkpoint"
-        raise ModelError(
-            f"{name} needs {listed(missing)}, which {of_file}. Give it by {option.replace('NAME', missing[0])}, or"
-            f" write a function that returns {kind.__name__}(...) and name it as {_function_beside(name)}."
+        verb = "is" if len(missing) == 1 else "are"
+        of_file = (
+            f"{file} has not saved (save_hyperparameters)" if file else f"{verb} not given: there is no --checkpoint"
         )
+        given_by = "" if any(_is_module(parameters[key]) for key in missing) else f"{_given_by(missing, option)}, or "
+        way = f"{given_by}write a function that returns {kind.__name__}(...) and name it as {_function_beside(name)}"
+        raise ModelError(f"{name} needs {listed(missing)}, which {of_file}. {way[0].upper()}{way[1:]}.")
     return {**used, **given}
 
 
-def _refuse_object(key: str, value: Any, kind: type, name: str, file: str, given_by: str) -> None:
-    """Refuse a saved argument that is an object, or that says how to make one: both would run code from the file.
+def _given_by(keys: Sequence[str], option: str) -> str:
+    return f"give {'it' if len(keys) == 1 else 'them'} by {' '.join(option.replace('NAME', key) for key in keys)}"
+
+
+def _is_module(parameter: inspect.Parameter) -> bool:
+    """Whether an argument is declared to be a module, which no option can give."""
+    kind = parameter.annotation
+    return issubclass(kind, nn.Module) if isinstance(kind, type) else str(kind).rpartition(".")[2] == "Module"
+
+
+def _refuse_objects(used: Mapping[str, Any], kind: type, name: str, file: str, option: str) -> None:
+    """Refuse saved arguments that are objects, or that say how to make one: both would run code from the file.
 
     Raises:
-        CheckpointError: It is.
+        CheckpointError: Some are; names all.
     """
-    if (stub := _stub_in(value)) is not None:
+    stubs = {key: stub.class_name for key, value in used.items() if (stub := _stub_in(value)) is not None}
+    if stubs:
+        which = joined([f'"{key}" ({made_of})' for key, made_of in stubs.items()])
+        what = "is an object" if len(stubs) == 1 else "are objects"
         raise CheckpointError(
-            f'The argument "{key}" of {name} is saved in {file} as an object of {stub.class_name}, and objects are not'
-            f" read, since that would run code from the file. Give it by {given_by}, or write a function that returns"
-            f" {kind.__name__}(...) and name it as {_function_beside(name)}; or, if you trust the file, give"
-            " --unsafe-load."
+            f"{count(len(stubs), 'argument')} of {name} in {file} {what}, and objects are not read, since that would"
+            f" run code from the file: {which}. Write a function that returns {kind.__name__}(...) and name it as"
+            f" {_function_beside(name)}; or, if you trust the file, give --unsafe-load."
         )
-    if is_node(value):
-        described = next(value[mark] for mark in MARKS if mark in value)
+    described = {
+        key: next(value[mark] for mark in MARKS if mark in value) for key, value in used.items() if is_node(value)
+    }
+    if described:
+        which = joined([f'"{key}" ({names})' for key, names in described.items()])
+        verb = "is" if len(described) == 1 else "are"
         raise CheckpointError(
-            f'The argument "{key}" of {name} is saved in {file} as a description of {described}, and what a checkpoint'
-            " names is not imported. Scan the configuration that the training wrote beside it, or give it by"
-            f" {given_by}."
+            f"{count(len(described), 'argument')} of {name} in {file} {verb} described by class, and what a checkpoint"
+            f" names is not imported: {which}. Scan the configuration that the training wrote beside it, or"
+            f" {_given_by(list(described), option)}."
         )
 
 

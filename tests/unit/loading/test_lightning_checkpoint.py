@@ -70,15 +70,34 @@ def test_what_the_class_takes_is_used_and_the_user_comes_first() -> None:
 
 def test_objects_are_refused_unless_given(tmp_path: Path) -> None:
     found = saved_in(tmp_path, hyper_parameters={"width": 3, "act": [nn.ReLU()]})
-    with pytest.raises(CheckpointError, match=r'"act" of lit.py:Net is saved in last.ckpt as an object of torch.nn'):
+    with pytest.raises(
+        CheckpointError, match=r'lit.py:Net in last.ckpt is an object, .*: "act" \(torch.nn.*ReLU\). Write'
+    ):
         arguments(Net, {}, dict(found.model))
     assert arguments(Net, {"act": "relu"}, dict(found.model)) == {"width": 3, "act": "relu"}
+
+
+def test_all_that_is_missing_or_an_object_is_named_and_no_module_is_asked_for_as_a_value(tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, net: nn.Module, loss: nn.Module, width: int, depth: int) -> None:
+            super().__init__()
+
+    found = saved_in(tmp_path, hyper_parameters={"net": nn.ReLU(), "loss": nn.MSELoss(), "width": 1, "depth": 2})
+    with pytest.raises(
+        CheckpointError, match=r'^2 arguments .* are objects, .*: "net" \(.*\) and "loss" \(.*\)\. Write a'
+    ):
+        arguments(Wrapped, {}, dict(found.model))
+    with pytest.raises(ModelError, match=r"needs net, loss, width, depth, which are not given: .*checkpoint\. Write a"):
+        arguments(Wrapped, {}, {}, file="")
+    net = {"net": nn.ReLU(), "loss": nn.MSELoss()}
+    with pytest.raises(ModelError, match=r"Give them by --model-arg width=VALUE --model-arg depth=VALUE, or write a"):
+        arguments(Wrapped, net, {})
 
 
 def test_a_class_that_a_checkpoint_names_is_not_imported() -> None:
     saved = {"width": 3, "act": {"class_path": "os.system", "init_args": {"command": "true"}}}
     with pytest.raises(
-        CheckpointError, match=r'"act" of lit.py:Net is saved in last.ckpt as a description of os.system'
+        CheckpointError, match=r'1 argument of lit.py:Net in last.ckpt is described by class, .*: "act" \(os.system\)'
     ):
         arguments(Net, {}, saved)
 

@@ -136,6 +136,7 @@ def test_nothing_to_count() -> None:
 KINDS = {
     "colour image": ([torch.zeros(4, 3, 32, 32), torch.zeros(4)], "image"),
     "grey image as a dictionary": ({"image": torch.zeros(4, 1, 28, 28)}, "image"),
+    "photo behind its labels": ({"labels": torch.zeros(4), "pixel_values": torch.zeros(4, 3, 32, 32)}, "image"),
     "spectrogram": (torch.zeros(4, 1, 64, 400), "sample"),
     "joints of a skeleton over time": (torch.zeros(4, 3, 300, 25), "sample"),
     "feature map": (torch.zeros(4, 64, 8, 8), "sample"),

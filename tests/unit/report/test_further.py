@@ -140,7 +140,7 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
         ([remedy("something new", Score(0.5, None))], "Something new takes the loss from 1.92 to 0.5."),
         (
             [replace(remedy("recalibrated", Score(0.5, None)), loss_change=Estimate(-1.42, (-1.9, -0.9)))],
-            "Recalibrating takes the loss from 1.92 to 0.5 (95%: -1.9 to -0.9).",
+            "Recalibrating takes the loss from 1.92 to 0.5 (95%: by -1.9 to -0.9).",
         ),
         (
             [replace(remedy("recalibrated", Score(1.9, None)), loss_change=Estimate(-0.02, (-0.1, 0.06)))],
@@ -151,12 +151,12 @@ def test_the_best_remedy_comes_first_and_is_put_in_words() -> None:
                 replace(remedy("batch statistics", Score(1.7, None)), loss_change=Estimate(-0.22, (-0.6, 0.16))),
                 replace(remedy("recalibrated", Score(1.8, None)), loss_change=Estimate(-0.12, (-0.2, -0.04))),
             ],
-            "Recalibrating takes the loss from 1.92 to 1.8 (95%: -0.2 to -0.04); what gains more in the table is not"
+            "Recalibrating takes the loss from 1.92 to 1.8 (95%: by -0.2 to -0.04); what gains more in the table is not"
             " sure.",
         ),
         (
             [replace(remedy("recalibrated", Score(1.9, None)), loss_change=Estimate(-0.02, (-0.03, -0.01)))],
-            "Recalibrating takes the loss from 1.92 to 1.9 (95%: -0.03 to -0.01), which is little.",
+            "Recalibrating takes the loss from 1.92 to 1.9 (95%: by -0.03 to -0.01), which is little.",
         ),
         (
             [remedy("recalibrated", Score(0.5, None), Score(None, None))],
