@@ -404,6 +404,10 @@ def _conclusion(found: Proof) -> str:
     }[found.conclusion]
 
 
+_SINGLE_PRECISION = 1e-6
+"""The relative difference of two scores that is rounding of the values they are means of."""
+
+
 def gain(found: Proof) -> list[str]:
     """What the repair gained over its baseline, a sentence; nothing where that is not known."""
     gained, control = (found.over_as_is, "as is") if found.is_recalibration else (found.gain, found.control)
@@ -412,8 +416,15 @@ def gain(found: Proof) -> list[str]:
     runs = len(next(arm for arm in found.arms if arm.name == found.repaired).runs)
     paired = f"95%, paired over {runs} seeds" if runs > 1 else f"95%, paired over the {found.scored_on} data"
     how = paired if gained.interval is not None else "no interval"
-    value = figures.estimate(gained, with_sign=True)
+    value = "0, to rounding" if _is_rounding(gained, found) else figures.estimate(gained, with_sign=True)
     return [f"Gain over {control} in the {found.measure}: {value} (positive: better; {how})."]
+
+
+def _is_rounding(gained: Estimate, found: Proof) -> bool:
+    """Whether a gain, with its interval, is below what numbers of single precision tell apart."""
+    scores = [score.mean for arm in found.arms if (score := getattr(arm, found.measure)) is not None]
+    ends = (gained.mean, *(end for end in gained.interval or () if end is not None))
+    return max(map(abs, ends)) < _SINGLE_PRECISION * max(map(abs, scores), default=0.0)
 
 
 def _table(found: Proof, page: Page) -> list[Text]:

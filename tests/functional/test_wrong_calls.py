@@ -83,6 +83,14 @@ def test_all_that_is_wrong_is_said_before_anything_runs() -> None:
     assert [re.findall("for (model|loss|batch_size)|argument", line) != [] for line in lines] == [True] * 4
 
 
+def test_a_device_that_is_not_there_is_one_of_the_problems() -> None:
+    with pytest.raises(UsageError) as told:
+        bnprobe.scan(MODEL, LOADER, 0, device="cdua", metric=1)  # type: ignore[arg-type]
+    said = str(told.value)
+    assert all(part in said for part in ("function for metric", "at least 1 for batch_size", "device 'cdua' cannot"))
+    assert len(said.splitlines()) == 3
+
+
 def test_the_command_line_keeps_its_words(tmp_path: Path) -> None:
     from bnprobe.wording import either, from_python, option
 

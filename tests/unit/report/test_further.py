@@ -187,6 +187,13 @@ def test_remedies_are_ranked_by_the_metric_where_its_direction_is_known(
     assert lines[3].split()[0] == first
 
 
+def test_a_metric_that_reads_the_same_stays_where_it_is() -> None:
+    found = remedy("recalibrated", Score(0.1, 0.99999), Score(1.92, 1.0))
+    gap = Gap("metric", 0.9, 0.9, 0.4, 0.41, 0.0, -0.5, 0.01, "max", goal_is_known=False)
+    text = said(replace(with_gaps(gap), remedies=(found,)))
+    assert "takes the loss from 1.92 to 0.1; the metric stays at 1." in text
+
+
 def test_other_samples_than_those_of_the_steps_are_said_to_be_others() -> None:
     other = "Not the same samples as for the steps above (128 held-out samples): their values differ."
     report = replace(with_gaps(LOSS), remedies=(remedy("recalibrated", Score(0.5, None), Score(1.85, None)),))

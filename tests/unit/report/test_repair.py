@@ -20,7 +20,7 @@ from bnprobe.records import Estimate, LayerChange, RepairRecord, RequirementResu
 from bnprobe.report import RenderOptions, render
 from bnprobe.report.figures import estimate, estimates
 from bnprobe.report.page import Page
-from bnprobe.report.repair import Files, RepairReport, worse_than_as_is
+from bnprobe.report.repair import Files, RepairReport, gain, worse_than_as_is
 from support import repairs
 
 WIDE = RenderOptions(width=400, verbose=True)
@@ -48,6 +48,16 @@ def test_a_plan_of_layers_of_any_name_fits(names: list[str], width: int, unicode
     assert "\x1b" not in text
     assert unicode or text.isascii()
     assert max(map(cell_len, text.splitlines())) <= width
+
+
+def test_a_gain_below_single_precision_is_called_rounding() -> None:
+    found = repairs.same().proof
+    assert found is not None
+    for gained in (Estimate(-2.4e-9, (-3e-9, 1e-9)), Estimate(-2.4e-9, None)):
+        [said] = gain(replace(found, gain=gained))
+        assert "Gain over BN fine-tuned in the loss: 0, to rounding (" in said
+    [said] = gain(replace(found, gain=Estimate(-2.4e-9, (-0.01, 0.01))))
+    assert "rounding" not in said
 
 
 def test_a_gain_that_is_not_shown_is_said_plainly() -> None:

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from bnprobe.records import Diagnosis, Output, Report, SkippedLayer
 from bnprobe.report import RenderOptions, renderer
 from bnprobe.report.page import FINE, FLAGGED, UNMEASURED
-from bnprobe.report.scan import one_line
+from bnprobe.report.scan import one_line, output_in_words
 
 render = renderer("terminal", Report)
 
@@ -180,3 +180,11 @@ def test_problems_are_told_where_no_layer_could_be_judged() -> None:
     nothing = parts.report([], output=Output(None, None, None, None, None))
     text = render(replace(nothing, diagnoses=(found,)), RenderOptions())
     assert "✗ No layer could be judged, but 1 problem was found." in text
+
+
+def test_a_class_that_changes_for_no_sample_is_said_in_words() -> None:
+    def told(changed: float) -> str:
+        return " ".join(output_in_words(Output(0.1, changed, None, None, None), scores=False))
+
+    assert "The largest of the outputs is another one for none of the samples." in told(0.0)
+    assert "is another one for <0.1% of the samples." in told(0.0001)
