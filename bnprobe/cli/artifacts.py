@@ -18,6 +18,7 @@ from bnprobe.files import has_mark, is_blank, not_own, only_run, require_new, re
 from bnprobe.paths import placed
 from bnprobe.records import RepairRecord, Report
 from bnprobe.report.json import dump
+from bnprobe.report.next_step import scan_of
 from bnprobe.report.repair import Files, worse_than_as_is
 
 if TYPE_CHECKING:
@@ -112,8 +113,12 @@ class Artifacts:
         content = save(weights, _metadata(record) or None)
         record = replace(record, weights=str(self.weights), weights_sha256=hashlib.sha256(content).hexdigest())
         contents: dict[Path, bytes | str] = {self.weights: content, self.record: dump(record)}
-        reports = {self.before: before, self.after: after}
-        contents |= {path: dump(report) for path, report in reports.items() if report is not None}
+        reports = {self.before: (before, None), self.after: (after, record.weights)}
+        contents |= {
+            path: dump(_with_command(report, record, checkpoint))
+            for path, (report, checkpoint) in reports.items()
+            if report is not None
+        }
         state = StateFolder(self.state)
         if self._trains and state.log.exists():
             contents[self.log] = state.log.read_bytes()
@@ -163,6 +168,13 @@ class Artifacts:
 
     def _beside(self, suffix: str) -> Path:
         return self.weights.parent / f"{self.weights.stem}.{suffix}"
+
+
+def _with_command(report: Report, record: RepairRecord, checkpoint: str | None) -> Report:
+    """The report of a scan of the repair, with the command that makes it; one that was read has its own."""
+    if report.scan.command is not None or record.command is None:
+        return report
+    return replace(report, scan=replace(report.scan, command=scan_of(record.command, checkpoint)))
 
 
 def _is_log(path: Path) -> bool:

@@ -185,9 +185,11 @@ def _problems(report: Report) -> str:
 
 
 def _step(report: Report, command: str, otherwise: NextStep, only_errors: bool = False) -> NextStep:
-    """Finish what was cut short, then follow the diagnosis, unless it is a remark only."""
+    """Finish what was cut short, then follow the diagnosis, unless it is a remark that concerns no flagged layer."""
     serious = _worst_severity(report)
+    said = report.diagnoses[0].layers if report.diagnoses else ()
     followed = serious == "error" or (serious == "warning" and not only_errors)
+    followed = followed or any(layer.flagged and layer.name in said for layer in report.layers)
     return next_step.interrupted_step(report, command) or (
         next_step.diagnosed_step(report, command) if followed else otherwise
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,22 @@ EXPORTED = frozenset(("--model-arg", "--data", "--batch-size", "--seed"))
 FLAGS = frozenset(
     (
         *("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--thorough"),
+        *("--dry-run", "--check", "--finetune", "--resume", "--include-frozen"),
         *("--verbose", "--all", "--exit-zero", "--force"),
     )
 )
-"""Options of a scan that have no value."""
+"""Options of a scan, sweep or repair that have no value."""
+
+REPORTING = frozenset(
+    (
+        *("--format", "--output", "--output-dir", "--baseline", "--write-baseline"),
+        *("--force", "--verbose", "--all", "--exit-zero"),
+    )
+)
+"""Options of a scan that say what becomes of its report: another scan has a report of its own."""
+
+_INSTEAD = {"--batches": "--max-batches", "--max-batches": "--batches", "--batch-size": "--batch-sizes"}
+"""An option that is set stands for another one, too, which would contradict it."""
 
 _WHY = {
     "recalibrate": "To recalibrate the running statistics, and to compare before and after:",
@@ -136,7 +148,8 @@ def interrupted_step(report: Report, command: str) -> NextStep | None:
         return None
     failed = report.scan.stopped == "failed"
     return NextStep(
-        "Fix what the error names, then measure to the end:" if failed else "To measure to the end:", command
+        "Fix what the error names, then measure to the end:" if failed else "To measure to the end:",
+        with_options(command, {}),
     )
 
 
@@ -255,61 +268,59 @@ def _weights(report: Report, done: str) -> str:
 
 def _carried(words: list[str]) -> list[str]:
     """The target, and the options that another command takes too, with their values."""
-    kept: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        option, equals, _ = word.partition("=")
-        values = [] if equals or option in FLAGS or not word.startswith("--") else [next(remaining, "")]
-        if option in CARRIED or not word.startswith("--"):
-            kept += [word, *values]
-    return kept
+    return [word for option, said in _options(words) if not option or option in CARRIED for word in said]
 
 
 def chosen_options(command: str, options: Collection[str]) -> list[str]:
-    """The words of these options in a command, with their values, in both spellings; none of them may be a flag.
+    """The words of these options in a command, with their values, in both spellings.
 
     Args:
         command: A command quoted for a POSIX shell, e.g. ``"bnprobe convert model.py --finetune --batch-size 2"``.
         options: Names such as ``"--batch-size"``.
     """
-    kept: list[str] = []
-    remaining = iter(shlex.split(command))
+    return [word for option, said in _options(shlex.split(command)) if option in options for word in said]
+
+
+def _options(words: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """The options of a command and their words, e.g. "--seed" and "--seed 1" or "--seed=1"; "" of an argument."""
+    remaining = iter(words)
     for word in remaining:
         option, equals, _ = word.partition("=")
-        if option in options:
-            kept += [word] if equals else [word, next(remaining, "")]
-    return kept
+        if not word.startswith("-"):
+            yield "", [word]
+        elif equals or option in FLAGS or (len(word) > 2 and word[1] != "-"):  # -oFILE
+            yield option, [word]
+        else:
+            yield option, [word, next(remaining, "")]
 
 
 # --- Variants of a command --------------------------------------------------------------------------------------------
 
 
 def with_options(command: str, options: dict[str, str]) -> str:
-    """The command with options set; one that was already there is replaced.
-
-    A file that the command has written is replaced by the same command only with ``--force``, and others are not.
+    """The command with options set, without what they replace or contradict, and without those on its report.
 
     Args:
         command: A command quoted for a POSIX shell, e.g. ``"bnprobe scan model.py --batch-size 2"``.
         options: Values by option; "" for an option without a value.
     """
-    elsewhere = {"--output-dir": "DIR"} if "--output" in options else {}
-    words = _without_options(shlex.split(command), {**options, **elsewhere, "--force": ""})
-    if any(word.partition("=")[0] in ("--output", "--output-dir") for word in words):
-        words.append("--force")
+    replaced = {*REPORTING, *options, *(_INSTEAD[option] for option in options if option in _INSTEAD)}
+    words = [word for option, said in _options(shlex.split(command)) if option not in replaced for word in said]
     for option, value in options.items():
         words += [option, value] if value else [option]
     return shlex.join(words)
 
 
-def _without_options(words: list[str], options: dict[str, str]) -> list[str]:
-    """The words of a command without some options and their values, in both spellings."""
-    kept: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        if word in options:
-            if options[word]:
-                next(remaining, None)
-        elif not word.startswith(tuple(f"{option}=" for option in options)):
-            kept.append(word)
-    return kept
+def scan_of(repair: str, checkpoint: str | None = None) -> str:
+    """The scan that a repair begins with, and that of the weights that it wrote.
+
+    Args:
+        repair: The command of the repair, as typed.
+        checkpoint: The new weights; None: the same as those of the repair.
+    """
+    old = ("--checkpoint", "--key", "--strip-prefix", "--unsafe-load")
+    words = _carried(shlex.split(repair)[2:])
+    if checkpoint is not None:
+        words = [word for option, said in _options(words) if option not in old for word in said]
+        words += ["--checkpoint", checkpoint]
+    return shlex.join(["bnprobe", "scan", *words])

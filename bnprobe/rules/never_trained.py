@@ -16,8 +16,9 @@ class NeverTrained(Rule):
     What:
         Whether all running means are exactly 0 and all running variances exactly 1, as in a new layer. It is an error
         where the layer's weight or bias, or other layers, were trained; a warning where a scan finds that the values
-        fit the data, or cost nothing; and only a remark where the whole network is as it was made, or forward never
-        calls the layer. num_batches_tracked alone says nothing: not every layer counts its updates.
+        fit the data, or cost nothing; and only a remark where forward never calls the layer, or the whole network is as
+        it was made, unless a scan flags the layer and neither loss nor metric shows that it costs nothing.
+        num_batches_tracked alone says nothing: not every layer counts its updates.
 
     Why:
         At inference the layer normalizes with these values. Unless the data happens to have mean 0 and variance 1,
@@ -86,8 +87,11 @@ def _message(layer: Anatomy, facts: Facts) -> str:
 
 def _severity(layer: Anatomy, facts: Facts) -> Severity:
     measured = facts.layers.get(layer.name)
-    if facts.is_new or facts.unused(layer.name) or (measured is not None and measured.only_in == "train"):
+    if facts.unused(layer.name) or (measured is not None and measured.only_in == "train"):
         return "info"
+    if facts.is_new:
+        accepted = measured is None or not measured.flagged
+        return "info" if accepted or effect.inconsistency(facts.gaps, facts.chance).is_no_worse else "error"
     if measured is None:
         return "error"
     # A metric may be one of which smaller values are better without its goal being set: only the loss excuses a layer.

@@ -45,6 +45,7 @@ TRAINED = "\n\ndef load_model(width=0):\n    net = Net()\n    net.bn.weight.data
 
 REPAIRS = {
     "stale statistics": (SHIFTED + TRAINED, 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
+    "a new network": (SHIFTED, 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
     "no statistics": (CASES["no statistics"][0], 2, "recalibrate model.py --batch-size 2 -o recalibrated.safetensors"),
     "one sample per batch": (  # the spec asks for a short training; no statistics are better than others
         (MODEL + TRAINED + LOSS + HELD_OUT)

@@ -53,12 +53,30 @@ def test_a_record_is_shown_with_its_scans(workspace: Workspace) -> None:
     assert "Mismatch before and after" not in alone.stdout
 
 
+def test_the_scans_of_a_repair_name_the_spec_and_the_new_weights(workspace: Workspace) -> None:
+    workspace.write("model.py", SHIFTED)
+    workspace.write("spec.yaml", "model: {target: model.py}\ndata: {batch_size: 4}\n")
+    made = workspace.run("recalibrate", "spec.yaml", "--seed", "1", "--max-batches", "8", "-o", "new.safetensors")
+    assert made.code == CLEAN
+    scans = {
+        "before": "bnprobe scan spec.yaml --seed 1 --max-batches 8",
+        "after": "bnprobe scan spec.yaml --seed 1 --max-batches 8 --checkpoint new.safetensors",
+    }
+    for name, command in scans.items():
+        saved = json.loads((workspace.folder / f"new.{name}.json").read_text())
+        assert saved["scan"]["command"] == command
+        again = workspace.run(*command.split()[1:], "--format", "json", "--exit-zero").report(CLEAN)
+        assert again["layers"] == saved["layers"]
+    assert "bnprobe recalibrate spec.yaml --seed 1" in workspace.run("show", "new.before.json").stdout
+
+
 def test_the_command_of_a_scan_from_python_is_one_that_would_make_it(scanned: Workspace) -> None:
     report = json.loads((scanned.folder / "scan.json").read_text())
     assert report["scan"]["command"].startswith("bnprobe scan model.py --batch-size 2 --format json")
     report["scan"]["command"] = None
     scanned.write("python.json", json.dumps(report))
-    assert "bnprobe scan model.py:load_model --batch-size 2 " in scanned.run("show", "python.json").stdout
+    said = scanned.run("show", "python.json").stdout
+    assert "bnprobe recalibrate model.py:load_model --batch-size 2 " in said
 
 
 def test_what_is_incomplete_newer_or_no_report(scanned: Workspace) -> None:

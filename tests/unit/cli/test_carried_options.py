@@ -10,11 +10,11 @@ import pytest
 import typer
 
 from bnprobe.cli.app import app
-from bnprobe.cli.options import DATA, MODEL
+from bnprobe.cli.options import DATA, MODEL, REPORT
 from bnprobe.config import PathChoice
 from bnprobe.config.targets import TARGETS
 from bnprobe.records import FreeRemedy, Remedy, Score
-from bnprobe.report.next_step import CARRIED, EXPORTED, FLAGS
+from bnprobe.report.next_step import CARRIED, EXPORTED, FLAGS, REPORTING
 from bnprobe.rules import RULES, effect
 from bnprobe.testing import make_scan
 
@@ -49,9 +49,13 @@ def test_what_chooses_model_and_data_is_carried_over_wherever_it_can_be() -> Non
     assert {name for name in shared if panels[name] in (MODEL, DATA)} <= CARRIED
 
 
-def test_the_flags_are_those_of_a_scan() -> None:
-    assert {name for name, option in options_of("scan").items() if option.is_flag} - {"--help"} == FLAGS
-    assert {name for name, option in options_of("sweep").items() if option.is_flag} - {"--help"} <= FLAGS
+def test_the_flags_are_those_of_the_commands_that_a_suggestion_is_made_of() -> None:
+    known = (options_of(command).items() for command in ("scan", "sweep", "recalibrate", "convert"))
+    assert {name for options in known for name, option in options if option.is_flag} - {"--help"} == FLAGS
+
+
+def test_what_says_what_becomes_of_a_report_is_known() -> None:
+    assert {name for name, option in options_of("scan").items() if option.rich_help_panel == REPORT} == REPORTING
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.commands], ids=lambda rule: rule.code)

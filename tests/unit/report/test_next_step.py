@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bnprobe.records import FROZEN, Estimate, Gap, Remedy, Report, Score, Smallest
 from bnprobe.report.diagnoses import closing as verdict
-from bnprobe.report.next_step import advised_step, sweep_step, with_options
+from bnprobe.report.next_step import advised_step, scan_of, sweep_step, with_options
 from bnprobe.report.page import RenderOptions, broken
 from bnprobe.report.scan import render
 from bnprobe.report.sweep import render as render_sweep
@@ -320,7 +320,9 @@ def test_an_option_that_is_there_is_replaced_in_either_spelling() -> None:
 
 
 @given(
-    before=st.permutations([("spec.yaml",), ("--what-if",), ("--batch-size", "2"), ("--batches=8",), ("--all",)]),
+    before=st.permutations(
+        [("spec.yaml",), ("--what-if",), ("--batch-size", "2"), ("--batches=8",), ("--all",), ("--output=a",)]
+    ),
     options=st.dictionaries(st.sampled_from(["--batch-size", "--batches"]), st.sampled_from(["4", "16"])),
     what_if=st.booleans(),
 )
@@ -329,10 +331,37 @@ def test_options_are_replaced_wherever_they_stand_and_the_other_words_stay(
 ) -> None:
     if what_if:
         options = {**options, "--what-if": ""}
-    others = [word for words in before if words[0].split("=")[0] not in options for word in words]
+    gone = {*options, "--all", "--output"}
+    others = [word for words in before if words[0].split("=")[0] not in gone for word in words]
     added = [word for option, value in options.items() for word in ([option, value] if value else [option])]
     command = shlex.join(["bnprobe", "scan", *(word for words in before for word in words)])
     assert shlex.split(with_options(command, options)) == ["bnprobe", "scan", *others, *added]
+
+
+def test_nothing_is_said_twice_and_no_report_is_replaced() -> None:
+    typed = "bnprobe scan a.py --max-batches 16 --verbose --format html --format=json --output-dir out --force"
+    few = replace(fabricated.flagged(), scan=replace(SCAN, batches=16, images=32))
+    assert verdict(few, typed).step.command == "bnprobe scan a.py --batch-sizes 2,4,8,16,32,64 --batches 128"
+    assert verdict(fabricated.healthy(), typed).step.command == (
+        "bnprobe scan a.py --max-batches 16 --format json --output report.json"
+    )
+    assert verdict(fabricated.partial(), typed).step.command == "bnprobe scan a.py --max-batches 16"
+    sizes = verdict(fabricated.batch_sizes(), f"{COMMAND} --batch-sizes 2,4,8,16").step.command
+    assert sizes == "bnprobe scan model.py --batch-size 16"
+
+
+def test_the_scans_of_a_repair_are_commands_of_their_own() -> None:
+    typed = "bnprobe convert a.yaml --finetune --steps 4 --key ema --seed=1 --resume -o x.safetensors --to frozen"
+    assert scan_of(typed) == "bnprobe scan a.yaml --key ema --seed=1"
+    assert scan_of(typed, "x.safetensors") == "bnprobe scan a.yaml --seed=1 --checkpoint x.safetensors"
+
+
+def test_a_remark_on_flagged_layers_is_followed_where_that_can_be() -> None:
+    """On synthetic inputs, where every finding is a remark."""
+    found = fabricated.REPORTS["lag"]()
+    remarks = tuple(replace(diagnosis, severity="info") for diagnosis in found.diagnoses)
+    found = replace(found, diagnoses=remarks, scan=replace(found.scan, synthetic=True))
+    assert verdict(found, COMMAND).step.command == "bnprobe explain BN203"
 
 
 @pytest.mark.parametrize("width", [20, 40, 76])

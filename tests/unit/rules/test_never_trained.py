@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from bnprobe.records import Gap
 from bnprobe.testing import make_anatomy, make_evidence, make_layer, make_shares, run_rule
 from unit.rules.expect import failed, passed, skipped
 
@@ -50,8 +52,18 @@ def test_a_scan_tells_whether_it_does_harm() -> None:
         failed("BN102", "fits", told, 0.0, None, "warning"),
         replace(uncalled, remedy="None is needed, unless the model was meant to use the layer."),
     ]
+
+
+def test_a_new_network_is_an_error_where_a_layer_is_flagged_and_nothing_shows_that_it_costs_nothing() -> None:
+    layers = [make_layer("off", make_shares(lag=0.5)), make_layer("fits")]
     new = [make_anatomy(layer.name, untouched=True, batches_tracked=0, affine_moved=False) for layer in layers]
-    assert {verdict.severity for verdict in run_rule("BN102", make_evidence(*layers, anatomy=new))} == {"info"}
+
+    def severities(**scored: Any) -> list[str]:
+        return [verdict.severity for verdict in run_rule("BN102", make_evidence(*layers, anatomy=new, **scored))]
+
+    assert severities() == ["error", "info"]
+    better = Gap("loss", 0.5, 0.4, 0.4, None, -0.1, 0.0, None, inconsistency_interval=(-0.12, -0.08))
+    assert severities(gaps=(better,)) == ["info", "info"]
 
 
 def test_updates_that_are_not_counted_do_not_make_a_layer_new() -> None:
