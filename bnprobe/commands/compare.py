@@ -10,7 +10,7 @@ from bnprobe._version import __version__
 from bnprobe.commands.verify import differences, in_order, require_common, require_report
 from bnprobe.config.load import shown
 from bnprobe.errors import UsageError
-from bnprobe.records import ComparedScan, Comparison, Layer, LayerPoint, LayerTrend, Report, Tool, Trend
+from bnprobe.records import ComparedScan, Comparison, Interval, Layer, LayerPoint, LayerTrend, Report, Tool, Trend
 from bnprobe.wording import from_python
 
 
@@ -51,7 +51,7 @@ def compare_named(reports: Sequence[tuple[str, Report]]) -> Comparison:
     if len(reports) < 2:
         raise UsageError("A comparison takes two reports or more.")
     for (_, one), (_, other) in pairwise(reports):
-        require_common(one, other)
+        require_common(one, other, "Give reports of scans of one model.")
     layers = [{layer.name: layer for layer in report.layers} for _, report in reports]
     names = list(layers[0])
     for later in layers[1:]:
@@ -103,14 +103,13 @@ def _trend(name: str, layers: Sequence[Layer | None]) -> LayerTrend:
     return LayerTrend(name, points, ratio, interval, trend)
 
 
-def _change(
-    first: LayerPoint | None, last: LayerPoint | None
-) -> tuple[float | None, tuple[float, float] | None, Trend]:
+def _change(first: LayerPoint | None, last: LayerPoint | None) -> tuple[float | None, Interval | None, Trend]:
     """The last D over the first, its interval, and what that says.
 
-    Intervals of D are those of its logarithm (docs/explanation/intervals.md), so that of a ratio of two scans has the
-    root of the sum of their squared half widths: exact for scans of independent batches, and too wide, on the safe
-    side, for scans of the same batches.
+    Intervals of D are those of its logarithm (docs/explanation/intervals.md), so that of a ratio of two scans reaches
+    as far to a side as the root of the sum of the squares of what both reach (Zou and Donner 2008): exact for scans of
+    independent batches, and too wide, on the safe side, for scans of the same batches. Where D has no upper end, the
+    ratio has an end on one side only.
     """
     if first is None or last is None:
         return None, None, "unknown"
@@ -118,15 +117,15 @@ def _change(
         return (1.0 if first.mismatch else None), None, "same"
     if min(first.mismatch, last.mismatch) <= 0:
         return None, None, "unsure"
-    ratio, widths = last.mismatch / first.mismatch, [_log_width(point) for point in (first, last)]
-    if None in widths:
-        return ratio, None, "unsure"
-    half = math.hypot(*(width for width in widths if width is not None))
-    low, high = ratio * math.exp(-half), ratio * math.exp(half)
-    return ratio, (low, high), "better" if high < 1 else "worse" if low > 1 else "unsure"
+    ratio, reach = last.mismatch / first.mismatch, [_log_reach(point) for point in (first, last)]
+    low = ratio * math.exp(-math.hypot(reach[1][0], reach[0][1]))
+    high = ratio * math.exp(math.hypot(reach[1][1], reach[0][0]))
+    interval = None if low == 0 and math.isinf(high) else (low, None if math.isinf(high) else high)
+    return ratio, interval, "better" if high < 1 else "worse" if low > 1 else "unsure"
 
 
-def _log_width(point: LayerPoint) -> float | None:
-    """Half the 95% interval of ln D; None where it has no end."""
+def _log_reach(point: LayerPoint) -> tuple[float, float]:
+    """How far the 95% interval of ln D reaches down and up; infinite where it has no end."""
     low, high = point.interval
-    return None if high is None or low <= 0 else math.log(high / low) / 2
+    down = math.log(point.mismatch / low) if low > 0 else math.inf
+    return down, math.inf if high is None else math.log(high / point.mismatch)

@@ -100,32 +100,33 @@ def _newly_tracked(before: dict[str, Layer], after: dict[str, Layer]) -> bool:
     )
 
 
-def require_common(before: Report, after: Report) -> None:
+def require_common(
+    before: Report, after: Report, give: str = "Give two reports of one model, before and after its repair."
+) -> None:
     """Refuse reports that have no layer in common.
+
+    Args:
+        before, after: The reports.
+        give: What to give instead, a sentence.
 
     Raises:
         UsageError: They have none; says whether they are of different models.
     """
     if not {layer.name for layer in before.layers} & {layer.name for layer in after.layers}:
-        raise UsageError(_nothing_to_compare(before, after))
+        raise UsageError(_nothing_to_compare(before, after, give))
 
 
-def _nothing_to_compare(before: Report, after: Report) -> str:
+def _nothing_to_compare(before: Report, after: Report, give: str) -> str:
     known = [{*report.scan.unselected, *(layer.name for layer in report.layers)} for report in (before, after)]
     if known[0] & known[1]:
         return (
             "The reports have no layer in common: --include/--exclude selected different layers in the two scans."
             " Use the same options for both scans."
         )
-    return _strangers(before, after)
-
-
-def _strangers(before: Report, after: Report) -> str:
     names = [report.layers[0].name if report.layers else "none" for report in (before, after)]
     return (
         "The reports are of different models: they have no layer in common. The first layers are"
-        f" {names[0]} ({before.scan.model}) and {names[1]} ({after.scan.model}). Give two reports of one model, before"
-        " and after its repair."
+        f" {names[0]} ({before.scan.model}) and {names[1]} ({after.scan.model}). {give}"
     )
 
 

@@ -62,7 +62,7 @@ class LayerTrend(Record):
     Attributes:
         points: One for each scan; None where it was not measured.
         ratio: D of the last scan over that of the first; None where one was not measured, or is 0.
-        ratio_interval: 95% interval of ``ratio``; None where none can be given.
+        ratio_interval: 95% interval of ``ratio``, from 0 on where no lower end can be given; None where neither can.
         trend: Which of the two is larger, and whether that is sure.
     """
 

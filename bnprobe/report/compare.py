@@ -26,7 +26,7 @@ from bnprobe.report.page import (
 from bnprobe.report.table import Column, Mark, Names, arrows, dropping, table
 
 MOST_LAYERS = 12
-"""So many layers are shown, those that changed most surely and most, unless all are asked for."""
+"""So many layers are shown, the worst and those that surely changed most, unless all are asked for."""
 
 _LEAST_SCAN = 28
 """Columns are dropped until the names of scans, which end alike, have so much room."""
@@ -97,9 +97,11 @@ def ratio(layer: LayerTrend) -> str:
     """D of the last scan over that of the first, e.g. "\N{MULTIPLICATION SIGN} 0.42 (0.35 to 0.50)"."""
     if layer.ratio is None:
         return ""
-    low, high = layer.ratio_interval or (None, None)
-    around = "" if low is None or high is None else f" ({low:.2g} to {high:.2g})"
-    return f"{TIMES} {layer.ratio:.2g}{around}"
+    if layer.ratio_interval is None:
+        return f"{TIMES} {layer.ratio:.2g}"
+    low, high = layer.ratio_interval
+    around = f"over {low:.2g}" if high is None else f"{low:.2g} to {high:.2g}" if low else f"under {high:.2g}"
+    return f"{TIMES} {layer.ratio:.2g} ({around})"
 
 
 def mismatch(point: LayerPoint | None) -> str:
@@ -107,11 +109,34 @@ def mismatch(point: LayerPoint | None) -> str:
     return UNMEASURED if point is None else figures.mismatch(point.mismatch)
 
 
+def words(layer: LayerTrend) -> str:
+    """What became of D, and why that is not sure where more of the same would not tell."""
+    ends = [point for point in (layer.points[0], layer.points[-1]) if point is not None]
+    if layer.trend != "unsure":
+        return WORDS[layer.trend]
+    reason = ": D is 0" if layer.ratio is None else ": no upper end" if any(not end.interval[1] for end in ends) else ""
+    return f"{WORDS['unsure']}{reason}"
+
+
 def most_changed(found: Comparison, show_all: bool) -> list[LayerTrend]:
-    """The layers that changed most, in network order: surely worse ones first, then surely better ones."""
-    ranked = sorted(found.layers, key=lambda layer: (_ORDER.index(layer.trend), -abs(math.log(layer.ratio or 1.0))))
+    """The layers to show, in network order: those that changed most, and the worst of both ends, if it changed.
+
+    Surely worse ones come first, then surely better ones, by the least that the change surely is.
+    """
+    worst = (found.scans[0].worst, found.scans[-1].worst)
+
+    def rank(layer: LayerTrend) -> tuple[bool, int, float]:
+        return layer.trend == "same" or layer.name not in worst, _ORDER.index(layer.trend), -_least_change(layer)
+
+    ranked = sorted(found.layers, key=rank)
     kept = {layer.name for layer in (ranked if show_all else ranked[:MOST_LAYERS])}
     return [layer for layer in found.layers if layer.name in kept]
+
+
+def _least_change(layer: LayerTrend) -> float:
+    """How far the nearer end of the ratio's interval is from 1, as a logarithm; of the ratio where nothing is sure."""
+    ends = layer.ratio_interval if layer.trend in ("better", "worse") else None
+    return min(abs(math.log(end)) if end else math.inf for end in ends or (layer.ratio or 1.0,))
 
 
 def _modes(values: PathValues | None) -> str:
@@ -134,14 +159,18 @@ def _layers(found: Comparison, page: Page, show_all: bool) -> list[Text]:
     columns = [
         Column("D", arrows(ends, page, ARROW)),
         Column("change", [ratio(layer) for layer in shown], "left"),
-        Column("", [WORDS[layer.trend] for layer in shown], "left"),
+        Column("", [words(layer) for layer in shown], "left"),
     ]
     if len(found.scans) > 2:
         columns.insert(1, Column("over time", [course(layer) for layer in shown], "left"))
     marks = [_layer_mark(layer.points[-1]) for layer in shown]
     lines = table(Names([layer.name for layer in shown], marks=marks), dropping(columns, ("over time", "D")), page)
     hidden = len(found.layers) - len(shown)
-    left_out = f"{count(hidden, 'layer')} that changed less not shown; {page.every} shows all." if hidden else ""
+    left_out = (
+        f"{count(hidden, 'layer')} that changed less, or less surely, not shown; {page.every} shows all."
+        if hidden
+        else ""
+    )
     return [
         *page.heading("Layers, the larger D of training and inference"),
         *lines,
@@ -173,6 +202,6 @@ def _layer_mark(point: LayerPoint | None) -> Mark:
 def rows(layers: Sequence[LayerTrend]) -> list[tuple[str, ...]]:
     """Name, D first and last, change and words of each layer, for tables of other formats."""
     return [
-        (layer.name, mismatch(layer.points[0]), mismatch(layer.points[-1]), ratio(layer), WORDS[layer.trend])
+        (layer.name, mismatch(layer.points[0]), mismatch(layer.points[-1]), ratio(layer), words(layer))
         for layer in layers
     ]

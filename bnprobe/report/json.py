@@ -80,26 +80,40 @@ def load_report(text: str) -> Report:
     return _as(Report, text)
 
 
-READABLE: tuple[type[Record], ...] = (
-    *(Report, LintReport, SweepReport, Plan, RepairRecord, Verification, ExportReport, Comparison),
-)
-"""Records that are documents of their own; which one a document is, its keys say."""
+_KINDS: dict[type[Record], tuple[str, str]] = {
+    Report: ("the report of a scan", "bnprobe scan --format json"),
+    LintReport: ("the report of a lint", "bnprobe lint --format json"),
+    SweepReport: ("the report of a sweep", "bnprobe sweep --format json"),
+    Plan: ("the plan of a repair", "bnprobe convert --dry-run --format json"),
+    RepairRecord: ("the record of a repair", "bnprobe convert or recalibrate"),
+    Verification: ("the result of a verification", "bnprobe verify --format json"),
+    ExportReport: ("the report of an export", "bnprobe export --format json"),
+    Comparison: ("a comparison", "bnprobe compare --format json"),
+    Baseline: ("a baseline", "bnprobe scan --write-baseline"),
+}
+"""Documents: what each is, and what writes it. Which one a document is, its keys say."""
 
 
 def load_document(text: str) -> Record:
-    """Read any document that bnprobe writes.
+    """Read any document that bnprobe writes, other than a baseline.
 
     Raises:
-        UsageError: As `load_report` raises it; or the keys are those of no document.
+        UsageError: As `load_report` raises it; or the keys are those of no document, or of a baseline.
     """
     document = _parse(text)
     _check_version(document)
-    record = max((*READABLE, Baseline), key=lambda each: _likeness(each, document))
-    if _likeness(record, document) < _LEAST_LIKENESS:
+    record = _kind(document)
+    if record is None:
         raise UsageError("This is not a JSON report of bnprobe: its keys are those of no document that bnprobe writes.")
     if record is Baseline:
         raise UsageError("This is a baseline, not a report: --baseline of a scan or lint reads it.")
     return _validated(record, document)
+
+
+def _kind(document: dict[str, Any]) -> type[Record] | None:
+    """What a document is, as far as its keys say."""
+    record = max(_KINDS, key=lambda each: _likeness(each, document))
+    return None if _likeness(record, document) < _LEAST_LIKENESS else record
 
 
 _LEAST_LIKENESS = 0.5
@@ -198,6 +212,10 @@ def read_as(path: Path, record: type[_Document]) -> _Document:
 def _as(record: type[_Document], text: str) -> _Document:
     document = _parse(text)
     _check_version(document)
+    found = _kind(document)
+    wanted, command = _KINDS[record]
+    if found is not None and _likeness(found, document) > _likeness(record, document):
+        raise UsageError(f"This is {_KINDS[found][0]}, not {wanted}. Leave it out, or give what `{command}` writes.")
     if record is Baseline and "findings" not in document:
         raise UsageError("This is no baseline: --write-baseline writes one.")
     return _validated(record, document)

@@ -150,7 +150,7 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
     path.write_text(dump(found), encoding="utf-8")
     assert read_baseline(path) == found
     path.write_text(dump(scanned(failed("a"))), encoding="utf-8")
-    with pytest.raises(UsageError, match="This is no baseline: --write-baseline writes one"):
+    with pytest.raises(UsageError, match="This is the report of a scan, not a baseline\\."):
         read_baseline(path)
 
 

@@ -12,7 +12,7 @@ from bnprobe.commands.compare import compare
 from bnprobe.errors import UsageError
 from bnprobe.records import Comparison, Layer, Report
 from bnprobe.report import render
-from bnprobe.report.compare import course
+from bnprobe.report.compare import course, most_changed, words
 from bnprobe.testing import make_layer, make_path
 from unit.report.fabricated_parts import report as report_of
 
@@ -63,15 +63,24 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "ratio", "trend"),
-    [(layer("a", 0.1, None), layer("a", 0.4), 4.0, "unsure"), (layer("a", 0.0), layer("a", 0.1), None, "unsure"),
-     (layer("a", 0.0), layer("a", 0.0), None, "same")],
-)  # fmt: skip
-def test_without_an_end_or_a_logarithm_nothing_is_sure(
-    first: Layer, last: Layer, ratio: float | None, trend: str
+    ("first", "last", "ratio", "interval", "trend", "said"),
+    [
+        (layer("a", 0.1, None), layer("a", 0.4), 4.0, (0.0, 4.4), "unsure", "not sure: no upper end"),
+        (layer("a", 0.1, None), layer("a", 0.05), 0.5, (0.0, 0.55), "better", "surely better"),
+        (layer("a", 0.1), layer("a", 0.2, None), 2.0, (2 / 1.1, None), "worse", "surely worse"),
+        (layer("a", 7.6), layer("a", 0.019, None), 0.0025, (0.0025 / 1.1, None), "unsure", "not sure: no upper end"),
+        (layer("a", 0.1, None), layer("a", 0.4, None), 4.0, None, "unsure", "not sure: no upper end"),
+        (layer("a", 0.0), layer("a", 0.1), None, None, "unsure", "not sure: D is 0"),
+        (layer("a", 0.0), layer("a", 0.0), None, None, "same", "no change"),
+    ],
+)
+def test_without_an_end_only_the_other_one_can_make_a_change_sure(
+    first: Layer, last: Layer, ratio: float | None, interval: tuple[float, float | None] | None, trend: str, said: str
 ) -> None:
     found = compared(report_of([first]), report_of([last])).layers[0]
-    assert (found.ratio, found.ratio_interval, found.trend) == (ratio, None, trend)
+    assert found.ratio == pytest.approx(ratio)
+    assert (found.ratio_interval or ()) == pytest.approx(interval or ())
+    assert (found.trend, words(found)) == (trend, said)
 
 
 def test_layers_are_in_network_order_and_points_in_that_of_time() -> None:
@@ -95,7 +104,9 @@ def test_what_cannot_be_compared() -> None:
     one = report_of([layer("a", 0.1)])
     with pytest.raises(UsageError, match="A comparison takes two reports or more"):
         compared(one)
-    with pytest.raises(UsageError, match="The reports are of different models"):
+    with pytest.raises(
+        UsageError, match=r"The reports are of different models.* Give reports of scans of one model\.$"
+    ):
         compared(one, one, report_of([layer("b", 0.1)]))
 
 
@@ -114,8 +125,17 @@ def test_of_many_layers_those_that_changed_most_are_shown() -> None:
     many = [layer(f"layer{number}.bn", 0.1) for number in range(40)]
     moved = [layer(each.name, 0.1 * (1 + number % 7)) for number, each in enumerate(many)]
     text = render(compared(report_of(many), report_of(moved)))
-    assert "28 layers that changed less not shown; --all shows all." in text
+    assert "28 layers that changed less, or less surely, not shown; --all shows all." in " ".join(text.split())
     assert text.count("surely worse\n") == 12
+
+
+def test_the_worst_layer_is_shown_and_wide_intervals_stand_behind_narrow_ones() -> None:
+    before = [layer("worst", 9.0), layer("wide", 0.1), *(layer(f"bn{number}", 0.1) for number in range(12))]
+    after = [layer("worst", 0.02, None), layer("wide", 0.001, 40.0), *(layer(each.name, 0.05) for each in before[2:])]
+    found = compared(report_of(before), report_of(after))
+    shown = [each.name for each in most_changed(found, show_all=False)]
+    assert shown == ["worst", "wide", *(f"bn{number}" for number in range(10))]
+    assert "× 0.0022 (over 0.002) not sure: no upper end" in " ".join(render(found).split())
 
 
 def test_reports_without_names_are_numbered_and_what_is_none_is_refused() -> None:

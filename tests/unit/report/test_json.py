@@ -9,16 +9,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import fabricated_reports as fabricated
 import jsonschema
 import pytest
+from fabricated_documents import CASES, document
 
+from bnprobe.analysis.baseline import baseline_of
 from bnprobe.errors import UsageError
-from bnprobe.records import Report
+from bnprobe.records import Baseline, Report
 from bnprobe.report import render
-from bnprobe.report.json import SCHEMAS, schema, schema_text
+from bnprobe.report.json import _KINDS, SCHEMAS, read_as, read_document, schema, schema_text
 from bnprobe.report.json import dump as as_json
 from bnprobe.report.json import load_report as load
 
@@ -139,6 +142,28 @@ def test_importing_the_formats_loads_neither_torch_nor_pydantic() -> None:
     code = "import sys, bnprobe.report; print([name for name in ('torch', 'pydantic') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_another_kind_of_document_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """Whatever is read, whatever is in the file."""
+    made = (document(kind, name) for kind, name in CASES)
+    records = [getattr(each, "record", each) for each in (*made, baseline_of(fabricated.flagged()))]
+    one_of_each = {type(record): record for record in records}
+    assert one_of_each.keys() == _KINDS.keys()
+    path = tmp_path / "x.json"
+    for kind, record in one_of_each.items():
+        path.write_text(as_json(record), encoding="utf-8")
+        for wanted in _KINDS:
+            if wanted is kind:
+                assert read_as(path, wanted) == record
+                continue
+            with pytest.raises(UsageError) as raised:
+                read_as(path, wanted)
+            said = f"x.json: This is {_KINDS[kind][0]}, not {_KINDS[wanted][0]}. Leave it out, or give what `bnprobe "
+            assert str(raised.value).startswith(f"{tmp_path}/{said}")
+    path.write_text(as_json(one_of_each[Baseline]), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"This is a baseline, not a report: --baseline of a scan or lint reads it"):
+        read_document(path)
 
 
 def test_names_keep_their_characters() -> None:
