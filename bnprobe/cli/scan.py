@@ -69,7 +69,7 @@ def scan(
     ] = False,
     thorough: Annotated[
         bool,
-        options.option(FURTHER, "--thorough", "Measure more exactly, and of more layers, what they do to the output."),
+        options.option(FURTHER, "--thorough", "Measure exactly what layers do, and try remedies on more samples."),
         options.Sets("scan.thorough"),
     ] = False,
     goal: options.Goal = None,

@@ -180,7 +180,8 @@ class ScanSpec(_Section):
             where something may be wrong, and without larger batches.
         train_steps: Training steps to run on a copy of the model; None: none.
         gradients: Whether to measure the noise of the backward pass.
-        thorough: Whether what layers do to the output may take as long as the scan itself, and more; else a tenth.
+        thorough: Whether what layers do to the output may take as long as the scan itself, and more; else a tenth. It
+            also lifts the limits on the samples and the time of trials of remedies.
     """
 
     max_batches: Passes = 256

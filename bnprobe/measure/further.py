@@ -7,9 +7,11 @@ were kept for it (``batches_to_keep``).
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -34,9 +36,10 @@ from bnprobe.measure.impact import FEWEST_PASSES, SAMPLES, Impacts
 from bnprobe.measure.session import Session
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.trial import PARTS, MicroBatchStatistics
-from bnprobe.measure.what_if import what_if
+from bnprobe.measure.what_if import FEWEST_TRIED, what_if
 from bnprobe.records import Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
+from bnprobe.wording import option
 
 IMPACT_BYTES = 2**27
 """Upper limit on the norm-layer inputs of the samples that impacts are measured on; backward passes take twice that."""
@@ -51,7 +54,10 @@ WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""
 
 TRIAL_SECONDS = 10.0
-"""A trial that was not asked for scores the model in about this time, and there are some six of them."""
+"""Scoring the model takes at most about this long where trials were not asked for; some 15 such passes are made."""
+
+TRIAL_VALUES = 2**23
+"""Values at norm layers in such a pass, at most, unless it is over no more samples than the scan has measured."""
 
 CHANCE_IMAGES = 256
 """Samples whose outputs are given to other samples."""
@@ -209,9 +215,7 @@ def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
 
 def _measure_impacts(found: Further, session: Session, evidence: Evidence, thorough: bool) -> None:
     """What each layer does to the output, within ``IMPACT_SHARE`` of the scan unless thorough."""
-    layers = session.layers.layers
-    numbers = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
-    memory = IMPACT_BYTES * evidence.batch_size // (4 * max(numbers, 1))
+    memory = IMPACT_BYTES // (4 * max(_values_per_sample(session, evidence), 1))
     passes = max(IMPACT_PASSES, int(IMPACT_SHARE * 2 * evidence.samples))
     images = SAMPLES if thorough else min(SAMPLES, passes // FEWEST_PASSES)
     batches = max(2, min(images, memory) // evidence.batch_size)
@@ -235,6 +239,11 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
     if not training or not scored:
         return
     asked, batching = bool(settings.what_if), evidence.batching
+    whole = asked or settings.thorough
+    usable = sum(batch.samples for batch in (*training, *scored))
+    if not whole:
+        most = max(evidence.samples, TRIAL_VALUES // max(_values_per_sample(session, evidence), 1))
+        training, scored = (batches[: _filled(batches, most)] for batches in (training, scored))
     reason = "asked for" if asked else "to try remedies before they are advised"
     started = time.perf_counter()
     tried = what_if(
@@ -247,14 +256,32 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
         goal_is_known=settings.goal_is_known,
         scored_on=data,
         larger=asked,
-        seconds=None if asked else TRIAL_SECONDS,
+        seconds=None if whole else TRIAL_SECONDS,
         # Without held-out data those of the scan are of the samples that are scored, too.
         micro_batch=None if held_out is None else micro_batch_statistics(session, evidence),
         population=evidence.population,
     )
     found.remedies, found.frozen_lag = tried.remedies, tried.frozen
     found.notes += tried.untried
+    if tried.remedies and tried.samples < usable:
+        found.notes.append(
+            f"To save time, remedies were tried on {tried.samples} of the {usable} samples at hand;"
+            f" {option('--thorough', True)} tries them on all."
+        )
     found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))
+
+
+def _filled(batches: Sequence[MicroBatch], samples: int) -> int:
+    """The micro-batches that so many samples fill, at least ``FEWEST_TRIED``."""
+    filled = bisect_right(list(accumulate(batch.samples for batch in batches)), samples)
+    return max(filled, FEWEST_TRIED)
+
+
+def _values_per_sample(session: Session, evidence: Evidence) -> int:
+    """The values of one sample at all norm layers."""
+    layers = session.layers.layers
+    values = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
+    return values // evidence.batch_size
 
 
 def micro_batch_statistics(session: Session, evidence: Evidence) -> MicroBatchStatistics:

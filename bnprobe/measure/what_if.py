@@ -19,7 +19,7 @@ from bnprobe.records import Goal
 _LAYER_PASSES = 4096
 """Samples times layers for the statistics that are taken layer by layer, each in a pass of its own."""
 
-_FEWEST_TRIED = 8
+FEWEST_TRIED = 8
 """Micro-batches that remedies are tried on at least, where there are so many."""
 
 
@@ -133,7 +133,7 @@ def what_if(
 def _within(batches: Sequence[MicroBatch], seconds: float, each: float) -> Sequence[MicroBatch]:
     """The first micro-batches, whose samples take ``each`` so long, that fit into the time."""
     usual = max(batch.samples for batch in batches) if batches else 1
-    return batches[: max(_FEWEST_TRIED, int(seconds / (each * usual)))]
+    return batches[: max(FEWEST_TRIED, int(seconds / (each * usual)))]
 
 
 def _require_a_measure(session: Session, held_out: Sequence[MicroBatch]) -> None:

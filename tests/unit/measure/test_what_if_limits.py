@@ -221,3 +221,21 @@ def test_trials_of_a_slow_model_are_made_on_fewer_batches() -> None:
     assert images_[None] == 256
     assert 8 * 4 <= images_[0.3] < 20 * 4
     assert found[0.3].samples == 2 * images_[0.3]
+
+
+def test_of_large_samples_no_more_are_tried_than_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm layer gets 16 positions in 4 channels of each."""
+    batches, note = labelled(64, 4), "To save time, remedies were tried on "
+
+    def scanned(measured: int, values: int, **settings: Any) -> tuple[int, list[str]]:
+        monkeypatch.setattr("bnprobe.measure.further.TRIAL_VALUES", values)
+        given = {"evaluation": batches, "loss": cross_entropy, "num_batches": measured, **settings}
+        report = bnprobe.scan(unsettled(Network()), batches, **given)
+        return report.remedies[0].images, [each for each in report.scan.notes if each.startswith(note)]
+
+    left_out = f"{note}96 of the 512 samples at hand; thorough=True tries them on all."
+    assert scanned(12, 0) == (48, [left_out])
+    assert scanned(2, 64 * 48) == (48, [left_out])
+    assert scanned(2, 0) == (32, [left_out.replace("96", "64")])  # eight micro-batches
+    assert scanned(2, 64 * 256) == scanned(64, 0) == scanned(2, 0, thorough=True) == scanned(2, 0, what_if=True)
+    assert scanned(2, 64 * 256) == (256, [])
