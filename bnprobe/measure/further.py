@@ -56,7 +56,7 @@ WHAT_IF_IMAGES = 512
 TRIAL_SECONDS = 10.0
 """Scoring the model takes at most about this long where trials were not asked for; some 15 such passes are made."""
 
-TRIAL_VALUES = 2**23
+TRIAL_VALUES = 2**24
 """Values at norm layers in such a pass, at most, unless it is over no more samples than the scan has measured."""
 
 CHANCE_IMAGES = 256

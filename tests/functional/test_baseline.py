@@ -11,6 +11,17 @@ from functional.command import CLEAN, ERROR, FINDINGS, SHIFTED, Workspace
 TWICE = SHIFTED.replace("self.head =", "self.other = nn.BatchNorm2d(2)\n        self.head =").replace(
     "self.bn(x)", "self.other(self.bn(x) + SHIFT)"
 )
+STALE = (
+    SHIFTED
+    + """
+
+def load_model():
+    net = Net()
+    net.bn.running_mean.fill_(0.01)
+    return net
+"""
+)
+"""As SHIFTED, but its statistics were updated once: how wrong they are is what is found."""
 FAULTY = SHIFTED.replace("nn.BatchNorm2d(2)", "nn.BatchNorm2d(2, momentum=0.99)")
 
 
@@ -35,10 +46,12 @@ def test_what_is_known_passes_and_what_is_new_does_not(known: Workspace) -> None
 
 
 def test_what_is_worse_does_not_pass_and_what_is_fixed_is_named(known: Workspace) -> None:
-    known.write("model.py", SHIFTED.replace("SHIFT = 3.0", "SHIFT = 6.0"))
+    known.write("model.py", STALE)
+    assert known.scan("--write-baseline", "known.json", "--force").code == CLEAN
+    known.write("model.py", STALE.replace("SHIFT = 3.0", "SHIFT = 6.0"))
     found = known.scan("--baseline", "known.json")
     assert (found.code, "1 worse" in found.stdout) == (FINDINGS, True)
-    known.write("model.py", SHIFTED.replace("SHIFT = 3.0", "SHIFT = 0.0"))
+    known.write("model.py", STALE.replace("SHIFT = 3.0", "SHIFT = 0.0"))
     found = known.scan("--baseline", "known.json")
     assert (found.code, "1 fixed" in found.stdout) == (CLEAN, True)
 
