@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bnprobe.commands.scan import scan
     from bnprobe.commands.sweep import sweep
     from bnprobe.commands.verify import verify
+    from bnprobe.monitor.monitor import Monitor
     from bnprobe.records import Comparison, ExportReport, LintReport, Report, SweepReport, Verification
     from bnprobe.repairs import convert, deployable_state
     from bnprobe.repairs.recalibration import recalibrate
@@ -40,6 +41,7 @@ __all__ = [
     "Comparison",
     "ExportReport",
     "LintReport",
+    "Monitor",
     "Report",
     "SweepReport",
     "Verification",
@@ -62,6 +64,7 @@ _HOMES = {
     "Comparison": "bnprobe.records",
     "ExportReport": "bnprobe.records",
     "LintReport": "bnprobe.records",
+    "Monitor": "bnprobe.monitor.monitor",
     "Report": "bnprobe.records",
     "SweepReport": "bnprobe.records",
     "Verification": "bnprobe.records",

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from bnprobe.errors import ModelError
 from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
 from bnprobe.measure.hooks import Intercepted
+from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import GroupsRows, NormCall
 from bnprobe.measure.pass_moments import moments_of_sums
 from bnprobe.nn.per_domain import current_domain
 from bnprobe.numbers import count
 from bnprobe.stats.moments import (
+    Corrections,
     Moments,
     RowSums,
     bessel,
+    corrections,
     group_sums,
     pool_moments,
     row_moments,
@@ -165,6 +168,19 @@ class Recorded:
         if self.groups is not None:
             return self.mean, self.variance
         return pool_moments(self.mean, self.variance, batch_size // self.unit)
+
+
+def corrections_of(record: Recorded, layer: ProbedLayer, batch_size: int) -> Corrections:
+    """r, d and D of each group of a call, against the layer's running statistics, which it has."""
+    info = layer.info
+    assert info.running_mean is not None
+    assert info.running_variance is not None
+    mean, variance = record.per_group(batch_size)
+    r_max, d_max, std_eps = (mean.new_full((info.channels,), n) for n in (info.r_max, info.d_max, info.std_eps))
+    gate = None if info.gate is None else info.gate.to(mean)
+    factor = mean.new_full((info.channels,), bessel(record.values)) if info.unbiased else None
+    known = info.running_mean.to(mean), info.running_variance.to(mean), info.eps_of_channels.to(mean)
+    return corrections(mean, variance, *known, r_max, d_max, gate, factor, std_eps)
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from bnprobe.errors import DeviceError, UserCodeError
 from bnprobe.measure.batch import CannotEmulateError, join, map_leaves
-from bnprobe.measure.forward_pass import Leaves, Pass, Recorded, Slot
+from bnprobe.measure.forward_pass import Leaves, Pass, Recorded, Slot, corrections_of
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.scores import Found, ScoreTable, score_outputs
 from bnprobe.measure.session import Outputs, Session
 from bnprobe.records import Impact
-from bnprobe.stats.moments import Corrections, bessel, corrections, wide
+from bnprobe.stats.moments import Corrections, wide
 
 Result = TypeVar("Result")
 
@@ -64,16 +64,7 @@ class Sample:
 
     def corrections(self, record: Recorded, layer: ProbedLayer) -> Corrections:
         """r, d and D of each group of a call that used its running statistics."""
-        running = layer.info.running_mean, layer.info.running_variance
-        assert running[0] is not None  # it used them
-        assert running[1] is not None
-        mean, variance = record.per_group(self.batching.batch_size)
-        info = layer.info
-        r_max, d_max, std_eps = (mean.new_full((info.channels,), n) for n in (info.r_max, info.d_max, info.std_eps))
-        gate = None if info.gate is None else info.gate.to(mean)
-        factor = mean.new_full((info.channels,), bessel(record.values)) if info.unbiased else None
-        known = running[0].to(mean), running[1].to(mean), info.eps_of_channels.to(mean)
-        return corrections(mean, variance, *known, r_max, d_max, gate, factor, std_eps)
+        return corrections_of(record, layer, self.batching.batch_size)
 
 
 def summed(values: Iterable[Tensor]) -> Tensor:

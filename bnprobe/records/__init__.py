@@ -62,6 +62,7 @@ from bnprobe.records.layers import (
     Source,
     Updates,
 )
+from bnprobe.records.monitor import LayerSample, ModeLoss, MonitorFinding, MonitorSample
 from bnprobe.records.outputs import Chance, ChanceValues, Gap, GradientAngle, Output, PathValues
 from bnprobe.records.repair import (
     Arm,
@@ -144,12 +145,16 @@ __all__ = [
     "LayerChange",
     "LayerComparison",
     "LayerPoint",
+    "LayerSample",
     "LayerTrend",
     "LintReport",
     "Measure",
+    "ModeLoss",
     "MomentumCurve",
     "MomentumPoint",
     "MomentumSweep",
+    "MonitorFinding",
+    "MonitorSample",
     "Outcome",
     "Output",
     "PathMeasurement",

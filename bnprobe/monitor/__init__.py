@@ -1,0 +1,1 @@
+"""Watch the norm layers of a model while it trains."""

@@ -1,0 +1,157 @@
+"""One batch of a training run, looked at in both modes, with the model as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.config.spec import ScanSettings
+from bnprobe.loading.model import unwrapped
+from bnprobe.loading.samples import count_samples
+from bnprobe.measure.batch import tensors_of
+from bnprobe.measure.forward_pass import Pass, Recorded, Slot, corrections_of
+from bnprobe.measure.layers import LayerSet, ProbedLayer, find_layers
+from bnprobe.measure.outputs import floating, square_norm
+from bnprobe.measure.restore import preserved_random_state, preserved_settings
+from bnprobe.measure.session import Session, UserFunctions
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""What the model is called with: positional and keyword arguments."""
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """Call the model as the loop did: ``forward(model, batch)`` of a batch that holds all arguments."""
+    args, kwargs = inputs
+    return model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What both modes do to one batch; tensors on the device, which nothing has waited for.
+
+    Attributes:
+        samples: In the batch; None where that is not known.
+        layers: Names of the layers that normalized with the batch, in network order.
+        figures: A row for each of them, float64, shape (layers, 5): D of the batch against the running statistics as
+            they were before the step; what i.i.d. batches that vary as the samples of this one do would have; the means
+            of r and of d squared; and the updates of the running statistics so far, NaN where they are not counted.
+        distance: |y_train - y_eval|^2 and |y_eval|^2 over all outputs, float64, shape (2,); NaN where they differ in
+            form.
+        train, eval: What the model returned in either mode.
+    """
+
+    samples: int | None
+    layers: tuple[str, ...]
+    figures: Tensor
+    distance: Tensor
+    train: Any
+    eval: Any
+
+
+class Sampler:
+    """Looks at batches of one model.
+
+    Args:
+        model: Wrappers of DDP and torch.compile are taken off.
+        settings: Which layers are looked at.
+
+    Attributes:
+        model: The module inside the wrappers.
+        layers: Its norm layers.
+    """
+
+    def __init__(self, model: nn.Module, settings: ScanSettings) -> None:
+        self.model, _ = unwrapped(model)
+        self.layers: LayerSet = find_layers(self.model, settings.is_selected)
+        self._settings = settings
+
+    def look(self, inputs: Inputs) -> Look:
+        """Run the model on a batch in both modes; it comes back as it was, and so does the random state.
+
+        Must be called where the loop calls the model, so that its autocast is in force.
+
+        Raises:
+            UserCodeError: The model raised.
+        """
+        samples = count_samples(inputs)
+        size = samples or 1
+        tensors = tensors_of(list(inputs))
+        device = tensors[0].device if tensors else torch.device("cpu")
+        # Their statistics are those of now: the buffers may have been replaced.
+        layers = tuple(replace(layer, info=layer.family.describe(layer.module)) for layer in self.layers.layers)
+        found = replace(self.layers, layers=layers)
+        session = Session(self.model, found, UserFunctions(forward=call_model), device, settings=self._settings)
+        training, evaluated = Pass(size, size), Pass(size, size, per_sample=samples is not None)
+        with preserved_random_state(), preserved_settings(self.model), _without_autocast_cache(), session.installed():
+            trained = session.forward("train", inputs, training)[0]
+            other = session.forward("eval", inputs, evaluated)[0]
+        names, rows = [], []
+        for layer in found.selected:
+            row = _row(layer, training.records, evaluated.records, size)
+            if row is not None:
+                names.append(layer.name)
+                rows.append(row)
+        figures = torch.stack(rows) if rows else torch.empty(0, 5, dtype=torch.float64)
+        return Look(samples, tuple(names), figures, _distance(trained, other), trained, other)
+
+
+def _row(
+    layer: ProbedLayer, trained: Mapping[Slot, Recorded], evaluated: Mapping[Slot, Recorded], size: int
+) -> Tensor | None:
+    """A row of ``Look.figures``, the mean over the calls of a layer; None where it did not use its batch."""
+    calls = [record for (index, _), record in trained.items() if index == layer.index and record.by_batch]
+    if not calls or layer.info.running_mean is None or layer.info.running_variance is None:
+        return None
+    values = [corrections_of(record, layer, size) for record in calls]
+    noise = [
+        _noise(record, layer) for (index, _), record in evaluated.items() if index == layer.index and record.unit == 1
+    ]
+    tracked = getattr(layer.module, "num_batches_tracked", None)
+    parts = [
+        torch.stack([each.mismatch.mean() for each in values]).mean(),
+        torch.stack(noise).mean() if noise and size > 1 else values[0].r.new_zeros(()),
+        torch.stack([each.r.mean() for each in values]).mean(),
+        torch.stack([each.d.square().mean() for each in values]).mean(),
+        tracked.double() if isinstance(tracked, Tensor) else values[0].r.new_full((), torch.nan),
+    ]
+    return torch.stack([part.to(values[0].r) for part in parts])
+
+
+def _noise(record: Recorded, layer: ProbedLayer) -> Tensor:
+    """D of batches of as many samples that are drawn at random from where these come from, to first order.
+
+    The batch mean is the mean of the samples' means, and the batch variance that of v_i + (m_i - mu)^2, to first order
+    in the deviations; the variance of a mean of N values is theirs, unbiased, over N. r - 1 is half the relative error
+    of the variance.
+    """
+    assert layer.info.running_variance is not None
+    mean, variance = record.mean, record.variance
+    spread = variance + (mean - mean.mean(0)).square()
+    scale = layer.info.running_variance.to(mean) + layer.info.eps_of_channels.to(mean)
+    shift = mean.var(0) / mean.shape[0] / scale
+    stretch = spread.var(0) / mean.shape[0] / (2 * scale).square()
+    return (shift + stretch).mean()
+
+
+def _distance(one: Any, other: Any) -> Tensor:
+    pairs = list(zip(floating(one), floating(other), strict=False))
+    if not pairs or any(left.shape != right.shape for left, right in pairs):
+        return torch.full((2,), torch.nan, dtype=torch.float64)
+    difference = torch.stack([square_norm(left - right) for left, right in pairs]).sum()
+    return torch.stack([difference, torch.stack([square_norm(right) for _, right in pairs]).sum()])
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Keep the weights that autocast casts without a graph from the loop, which would train them no more."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
