@@ -123,7 +123,7 @@ class Monitor:
         self._hooks = ExitStack()
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
         self._last: Callable[[], Optimizer | None] = self._optimizer
-        self._looking = False
+        self._looking = self._is_compiled = False
         self._look: Look | None = None
         self._losses: tuple[Tensor, Tensor] | None = None
         self._tape: LossTape | None = None
@@ -181,6 +181,8 @@ class Monitor:
             return
         self._unhook()
         try:
+            if self._is_compiled:
+                raise UsageError("The loop calls a compiled model. Give the monitor what torch.compile returned.")
             if self._look is not None:
                 self._finish(self._look)
         except BnprobeError as error:
@@ -223,6 +225,9 @@ class Monitor:
     # --- A step that is looked at -------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self._is_compiled = True
+            return
         if self._looking or not self._sampler.model.training:
             return
         if self._tape is not None:  # a second call before backward(): the loss is of both
@@ -242,7 +247,7 @@ class Monitor:
             self._looking = False
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._looking or self._look is None or self._tape is not None or not self._sampler.model.training:
+        if torch.compiler.is_compiling() or self._looking or self._look is None or self._tape is not None:
             return
         self._tape = LossTape(output, self._look.eval, self._found_loss)
         self._tape.start()

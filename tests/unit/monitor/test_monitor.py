@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -149,6 +150,27 @@ def _clipped_by_a_closure(watch: Callable[[nn.Module], Any]) -> list[nn.Module]:
     return [model]
 
 
+def _compiled(watch: Callable[[nn.Module], Any]) -> list[nn.Module]:
+    torch.compiler.reset()
+    model = torch.compile(_net(), backend="aot_eager")
+    assert isinstance(model, nn.Module)
+    with watch(model):
+        _train(model, range(8))
+    return [model._orig_mod]
+
+
+def _in_data_parallel(watch: Callable[[nn.Module], Any]) -> list[nn.Module]:
+    with TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        try:
+            model = nn.parallel.DistributedDataParallel(_net())
+            with watch(model):
+                _train(model, range(8))
+        finally:
+            torch.distributed.destroy_process_group()
+    return [model.module]
+
+
 def _two_models(watch: Callable[[nn.Module], Any]) -> list[nn.Module]:
     """As a GAN: the second is called on what the first makes, within one step of each."""
     maker, judge = _net(), _net()
@@ -174,6 +196,8 @@ LOOPS = [
     _partly_frozen,
     _evaluated_between,
     _clipped_by_a_closure,
+    _compiled,
+    _in_data_parallel,
     _two_models,
 ]
 
@@ -373,6 +397,19 @@ def test_an_error_in_a_sample_ends_the_monitor_and_not_the_training() -> None:
     ):
         _train(model, range(10))
     assert monitor.step == 3
+    assert not model._forward_pre_hooks
+
+
+def test_a_model_that_is_compiled_behind_its_back_ends_the_monitor_and_not_the_training() -> None:
+    torch.compiler.reset()
+    model = _net()
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.warns(
+        UserWarning, match="training goes on: UsageError: .* Give the monitor what torch.compile returned"
+    ):
+        with bnprobe.Monitor(model, every=3) as monitor:
+            _train(compiled, range(8))
+    assert monitor.sample is None
     assert not model._forward_pre_hooks
 
 
