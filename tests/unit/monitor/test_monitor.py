@@ -404,11 +404,13 @@ def test_a_model_that_is_compiled_behind_its_back_ends_the_monitor_and_not_the_t
     torch.compiler.reset()
     model = _net()
     compiled = torch.compile(model, backend="aot_eager")
-    with pytest.warns(
-        UserWarning, match="training goes on: UsageError: .* Give the monitor what torch.compile returned"
+    with (
+        pytest.warns(
+            UserWarning, match="training goes on: UsageError: .* Give the monitor what torch.compile returned"
+        ),
+        bnprobe.Monitor(model, every=3) as monitor,
     ):
-        with bnprobe.Monitor(model, every=3) as monitor:
-            _train(compiled, range(8))
+        _train(compiled, range(8))
     assert monitor.sample is None
     assert not model._forward_pre_hooks
 
