@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,21 @@ from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import BnprobeError, UsageError
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import copy_tensors
+from bnprobe.monitor.changes import (
+    ACTIONS,
+    RAMP,
+    RECALIBRATE,
+    WARN,
+    Change,
+    change,
+    require_response,
+    restored,
+    take_back,
+    take_statistics,
+)
 from bnprobe.monitor.log import Sink, event_of, sink_of
 from bnprobe.monitor.loss import LossTape
-from bnprobe.monitor.sampling import Inputs, Look, Sampler, call_model
+from bnprobe.monitor.sampling import FIGURES, Inputs, Look, Sampler, call_model
 from bnprobe.monitor.screening import Screening, updates_to_ripen
 from bnprobe.numbers import count, joined
 from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
@@ -36,8 +48,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from typing_extensions import Self
 
-OnFinding = Callable[["Monitor", MonitorFinding], object]
-"""Called with the monitor and what it found."""
+Response = str | Callable[["Monitor", MonitorFinding], object]
+"""What to do about a finding: an action, "warn", or a function of the monitor and the finding."""
 
 
 class Monitor:
@@ -59,7 +71,12 @@ class Monitor:
         every: Optimizer steps from sample to sample.
         log: Where samples and findings go: a folder or a .jsonl file, a SummaryWriter, a run of Weights & Biases, a
             function that takes a dictionary, or a list of these.
-        on_finding: "warn", or a function that takes the monitor and a finding.
+        on_finding: What to do about a finding: "warn"; or, to its layers and with a warning, "freeze" (their running
+            statistics normalize in training, too), "renorm" (Batch Renorm, whose limits open over ten samples) or
+            "recalibrate" (statistics of the batches that were scanned); or a function that takes the monitor and the
+            finding; or a dictionary of these by rule, e.g. ``{"BN203": "recalibrate"}``; the others are warned of.
+            Parameters and buffers stay the same objects, so that the optimizer goes on. Layers that were frozen or made
+            Batch Renorm become BN again once their D was within its limit for long enough. In one process only.
         batches: Batches that a scan after an alarm takes.
         false_alarms: See above.
         include, exclude: Globs of the layers to watch, as in a scan.
@@ -69,6 +86,7 @@ class Monitor:
         sample: The last sample; None before the first.
         findings: All findings so far.
         report: The report of the last scan; None before the first.
+        changes: The layers that are changed at the moment.
 
     Raises:
         UsageError: An argument cannot work.
@@ -92,7 +110,7 @@ class Monitor:
         every: int = 100,
         *,
         log: Any = None,
-        on_finding: str | OnFinding = "warn",
+        on_finding: Response | Mapping[str, Response] = WARN,
         batches: int = 16,
         false_alarms: float = 0.05,
         include: Sequence[str] = (),
@@ -102,14 +120,14 @@ class Monitor:
             raise UsageError(f"every={every} and batches={batches}: give at least 1 step and 2 batches.")
         if not 0 < false_alarms < 1:
             raise UsageError(f"false_alarms={false_alarms} is a probability: give a number between 0 and 1.")
-        if on_finding != "warn" and not callable(on_finding):
-            raise UsageError(f'on_finding={on_finding!r} is neither "warn" nor a function of (monitor, finding).')
+        require_response(on_finding)
         self.step = 0
         self.sample: MonitorSample | None = None
         self.findings: list[MonitorFinding] = []
         self.report: Report | None = None
         self._called, self._every, self._batches = model, every, batches
-        self._on_finding: OnFinding = on_finding if callable(on_finding) else _warn
+        self.changes: list[Change] = []
+        self._on_finding = on_finding
         self._settings = ScanSettings(include=tuple(include), exclude=tuple(exclude))
         self._sampler = Sampler(model, self._settings)
         self._own = {id(parameter) for parameter in self._sampler.model.parameters()}
@@ -142,6 +160,10 @@ class Monitor:
 
     def start(self) -> None:
         """Begin to count optimizer steps: as the beginning of a ``with`` block."""
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        responses = self._on_finding.values() if isinstance(self._on_finding, Mapping) else [self._on_finding]
+        if several and any(response in ACTIONS for response in responses):
+            raise UsageError("A monitor changes layers in one process only: in several, on_finding may warn or call.")
         if self._steps is not None or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             return
         skipped = {layer.name: layer.reason for layer in self._sampler.layers.skipped}
@@ -160,14 +182,27 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with, of plain values."""
         own = {"step": self.step, "alarm": self._alarm, "rest": self._rest, "rests_until": self._rests_until}
-        return {**own, "screening": self._screening.state(), "findings": [asdict(each) for each in self.findings]}
+        changes = [each.state() for each in self.changes]
+        found = [asdict(each) for each in self.findings]
+        return {**own, "screening": self._screening.state(), "findings": found, "changes": changes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken; a scan that had begun to keep batches keeps new ones."""
+        """Go on where ``state_dict`` was taken; a scan that had begun to keep batches keeps new ones.
+
+        Layers that were changed then are changed again; whether the cause is gone is asked of frozen ones once five
+        samples were taken. Load the weights of the model afterwards.
+
+        Raises:
+            RepairError: A layer cannot be converted, as in another model.
+        """
         self.step, self._alarm = state["step"], state["alarm"]
         self._rest, self._rests_until = state["rest"], state["rests_until"]
-        self._screening.restore(state["screening"])
         self.findings = [MonitorFinding(**{**each, "layers": tuple(each["layers"])}) for each in state["findings"]]
+        for made in self.changes:
+            self._take_back(made)
+        for each in state["changes"]:
+            self._follow(restored(self._sampler.model, each))
+        self._screening.restore(state["screening"])
         self._kept.clear()
         if self._steps is not None:
             self._unhook()
@@ -191,6 +226,9 @@ class Monitor:
         finally:
             self._look = self._losses = None
         self.step += 1
+        for made in self.changes:
+            if made.schedule is not None:
+                made.schedule.advance()
         self._prepare()
 
     def _counts(self, optimizer: Optimizer) -> bool:
@@ -271,20 +309,24 @@ class Monitor:
             parts += [value.reshape(1) for value in self._losses]
         device = look.distance.device
         values: list[float] = torch.cat([part.double().to(device) for part in parts]).tolist()
-        rows = [values[5 * row : 5 * row + 5] for row in range(len(look.layers))]
-        layers, noise, ripe = {}, {}, {}
-        for name, (mismatch, iid, r, square, tracked) in zip(look.layers, rows, strict=True):
+        rows = [values[FIGURES * row :][:FIGURES] for row in range(len(look.layers))]
+        layers, noise, ripe, gone_on = {}, {}, {}, {}
+        for name, (mismatch, iid, r, square, tracked, settled) in zip(look.layers, rows, strict=True):
             layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5)
-            noise[name] = iid
+            noise[name], gone_on[name] = iid, settled
             updates = self.step if tracked != tracked else tracked
             ripe[name] = updates >= self._ripe_from[name]
-        difference, norm, *losses = values[5 * len(rows) :]
+        difference, norm, *losses = values[FIGURES * len(rows) :]
         distance = (difference / norm) ** 0.5 if norm > 0 else None
         loss = ModeLoss(*losses) if losses else None
         self.sample = MonitorSample(self.step, look.samples, distance, loss, layers)
         self._write(event_of(self.sample))
-        if self._screening.update(self.sample, noise, ripe) and self.step >= self._rests_until:
+        changed = {name: gone_on[name] for made in self.changes for name in made.layers if name in layers}
+        if self._screening.update(self.sample, noise, ripe, changed) and self.step >= self._rests_until:
             self._alarm = self.step
+        for made in [each for each in self.changes if self._screening.is_over(each.layers)]:
+            self._take_back(made)
+            self._write({"event": "change", "step": self.step, "action": "undo", "layers": list(made.layers)})
 
     # --- After an alarm -----------------------------------------------------------------------------------------------
 
@@ -325,15 +367,53 @@ class Monitor:
             )
             self.findings.append(finding)
             self._write(event_of(finding))
-            if each.rule not in known:
-                self._on_finding(self, finding)
+            response = self._response(finding.rule)
+            if not callable(response) and response != WARN:
+                self._act(response, finding, kept, size)
+            if each.rule in known:
+                continue
+            if callable(response):
+                response(self, finding)
+            else:
+                _warn(finding)
+
+    # --- What is done about it ----------------------------------------------------------------------------------------
+
+    def _response(self, rule: str) -> Response:
+        return self._on_finding.get(rule, WARN) if isinstance(self._on_finding, Mapping) else self._on_finding
+
+    def _act(self, action: str, finding: MonitorFinding, kept: list[Inputs], size: int) -> None:
+        """Change the layers of a finding that are not changed yet; one that cannot be is warned of."""
+        changed = {name for made in self.changes for name in made.layers}
+        names = [name for name in finding.layers if name not in changed]
+        if not names:
+            return
+        try:
+            if action == RECALIBRATE:
+                take_statistics(self._sampler.model, names, kept, size)
+            else:
+                self._follow(change(self._sampler.model, action, names, RAMP * self._every))
+        except BnprobeError as error:
+            warnings.warn(f"bnprobe, step {self.step}: no layer was changed: {error}", stacklevel=2)
+            return
+        self._write({"event": "change", "step": self.step, "action": action, "layers": names})
+
+    def _follow(self, made: Change) -> None:
+        self.changes.append(made)
+        self._sampler.follow(made.layers, changed=True)
+        self._screening.forget_over(made.layers)
+
+    def _take_back(self, made: Change) -> None:
+        take_back(self._sampler.model, made)
+        self.changes = [each for each in self.changes if each is not made]
+        self._sampler.follow(made.layers, changed=False)
 
     def _write(self, event: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink(event)
 
 
-def _warn(monitor: Monitor, finding: MonitorFinding) -> None:
+def _warn(finding: MonitorFinding) -> None:
     layers = (
         f" in {joined(finding.layers[:3])}"
         if len(finding.layers) <= 3

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +17,12 @@ from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import tensors_of
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot, corrections_of
 from bnprobe.measure.layers import LayerSet, ProbedLayer, find_layers
+from bnprobe.measure.norms import family_of
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.restore import preserved_random_state, preserved_settings
 from bnprobe.measure.session import Session, UserFunctions
+from bnprobe.nn.frozen import FrozenBatchNorm
+from bnprobe.stats.moments import Corrections, Moments, pool_moments, row_moments
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """What the model is called with: positional and keyword arguments."""
@@ -30,16 +34,26 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
     return model(*args, **kwargs)
 
 
+FIGURES = 6
+"""Of each layer, in a look."""
+
+_RECENT, _ENOUGH = 10, 5
+"""Looks whose batches stand in for the running statistics of a frozen layer, and how many are needed."""
+
+
 @dataclass(frozen=True)
 class Look:
     """What both modes do to one batch; tensors on the device, which nothing has waited for.
 
     Attributes:
         samples: In the batch; None where that is not known.
-        layers: Names of the layers that normalized with the batch, in network order.
-        figures: A row for each of them, float64, shape (layers, 5): D of the batch against the running statistics as
-            they were before the step; what i.i.d. batches that vary as the samples of this one do would have; the means
-            of r and of d squared; and the updates of the running statistics so far, NaN where they are not counted.
+        layers: Names of the layers that normalized with the batch, and of those that the monitor changed, in network
+            order.
+        figures: A row for each of them, float64, shape (layers, 6): D, as of BN without a correction, of the batch
+            against the running statistics as they were before the step; what i.i.d. batches that vary as the samples of
+            this one do would have; the means of r and of d squared; the updates of the running statistics so far, NaN
+            where they are not counted; and D against running statistics that had gone on, which is D itself but for
+            frozen layers, and NaN until that is known.
         distance: |y_train - y_eval|^2 and |y_eval|^2 over all outputs, float64, shape (2,); NaN where they differ in
             form.
         train, eval: What the model returned in either mode.
@@ -69,6 +83,22 @@ class Sampler:
         self.model, _ = unwrapped(model)
         self.layers: LayerSet = find_layers(self.model, settings.is_selected)
         self._settings = settings
+        self._changed: frozenset[str] = frozenset()
+        self._recent: dict[str, deque[Moments]] = {}
+
+    def follow(self, names: Iterable[str], changed: bool) -> None:
+        """Take the layers of these names to be those that now stand in their places, converted ones or not."""
+        modules = {name: self.model.get_submodule(name) for name in names}
+        self._changed = self._changed | modules.keys() if changed else self._changed - modules.keys()
+        layers = [
+            replace(layer, module=modules[layer.name], family=family_of(modules[layer.name]) or layer.family)
+            if layer.name in modules
+            else layer
+            for layer in self.layers.layers
+        ]
+        self.layers = replace(self.layers, layers=tuple(layers))
+        for name in modules:
+            self._recent.pop(name, None)
 
     def look(self, inputs: Inputs) -> Look:
         """Run the model on a batch in both modes; it comes back as it was, and so does the random state.
@@ -88,38 +118,80 @@ class Sampler:
         session = Session(self.model, found, UserFunctions(forward=call_model), device, settings=self._settings)
         training, evaluated = Pass(size, size), Pass(size, size, per_sample=samples is not None)
         with preserved_random_state(), preserved_settings(self.model), _without_autocast_cache(), session.installed():
-            trained = session.forward("train", inputs, training)[0]
+            with self._recording_frozen(training):
+                trained = session.forward("train", inputs, training)[0]
             other = session.forward("eval", inputs, evaluated)[0]
         names, rows = [], []
         for layer in found.selected:
-            row = _row(layer, training.records, evaluated.records, size)
+            row = self._row(layer, training.records, evaluated.records, size)
             if row is not None:
                 names.append(layer.name)
                 rows.append(row)
-        figures = torch.stack(rows) if rows else torch.empty(0, 5, dtype=torch.float64)
+        figures = torch.stack(rows) if rows else torch.empty(0, FIGURES, dtype=torch.float64)
         return Look(samples, tuple(names), figures, _distance(trained, other), trained, other)
 
+    @contextmanager
+    def _recording_frozen(self, pass_: Pass) -> Iterator[None]:
+        """Record the moments of the layers that were frozen, which a session does not see: they use none."""
+        frozen = [layer for layer in self.layers.layers if isinstance(layer.module, FrozenBatchNorm)]
 
-def _row(
-    layer: ProbedLayer, trained: Mapping[Slot, Recorded], evaluated: Mapping[Slot, Recorded], size: int
-) -> Tensor | None:
-    """A row of ``Look.figures``, the mean over the calls of a layer; None where it did not use its batch."""
-    calls = [record for (index, _), record in trained.items() if index == layer.index and record.by_batch]
-    if not calls or layer.info.running_mean is None or layer.info.running_variance is None:
-        return None
-    values = [corrections_of(record, layer, size) for record in calls]
-    noise = [
-        _noise(record, layer) for (index, _), record in evaluated.items() if index == layer.index and record.unit == 1
-    ]
-    tracked = getattr(layer.module, "num_batches_tracked", None)
-    parts = [
-        torch.stack([each.mismatch.mean() for each in values]).mean(),
-        torch.stack(noise).mean() if noise and size > 1 else values[0].r.new_zeros(()),
-        torch.stack([each.r.mean() for each in values]).mean(),
-        torch.stack([each.d.square().mean() for each in values]).mean(),
-        tracked.double() if isinstance(tracked, Tensor) else values[0].r.new_full((), torch.nan),
-    ]
-    return torch.stack([part.to(values[0].r) for part in parts])
+        def hook(layer: ProbedLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def record(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+                x = given[0].detach()
+                rows, size = x.shape[0], pass_.batch_size
+                moments = row_moments(x, layer.info.eps)
+                if rows != size:
+                    moments = pool_moments(*moments, rows)
+                unit, values = 1 if rows == size else size, x.numel() // x.shape[1]
+                pass_.records[layer.index, 0] = Recorded(*moments, unit, values, by_batch=False, bytes=0, rows=rows)
+
+            return record
+
+        with ExitStack() as hooks:
+            for layer in frozen:
+                hooks.callback(layer.module.register_forward_pre_hook(hook(layer)).remove)
+            yield
+
+    def _row(
+        self, layer: ProbedLayer, trained: Mapping[Slot, Recorded], evaluated: Mapping[Slot, Recorded], size: int
+    ) -> Tensor | None:
+        """A row of figures, the mean over the calls of a layer; None where it does not use its batch by itself."""
+        records = [record for (index, _), record in trained.items() if index == layer.index]
+        calls = [record for record in records if record.by_batch or layer.name in self._changed]
+        if not calls or layer.info.running_mean is None or layer.info.running_variance is None:
+            return None
+        recent = None if calls[0].by_batch else self._recent_statistics(layer, calls[0], size)
+        samples = calls if recent else [record for (index, _), record in evaluated.items() if index == layer.index]
+        values = [corrections_of(record, layer, size) for record in calls]
+        noise = [_noise(record, recent or layer) for record in samples if record.unit == 1]
+        mismatch = torch.stack([_uncorrected(each) for each in values]).mean()
+        tracked = getattr(layer.module, "num_batches_tracked", None)
+        unknown = mismatch.new_full((), torch.nan)
+        gone_on = mismatch if calls[0].by_batch else unknown
+        parts = [
+            mismatch,
+            torch.stack(noise).mean() if noise and size > 1 else mismatch.new_zeros(()),
+            torch.stack([each.r.mean() for each in values]).mean(),
+            torch.stack([each.d.square().mean() for each in values]).mean(),
+            tracked.double() if isinstance(tracked, Tensor) else unknown,
+            gone_on if recent is None else _uncorrected(corrections_of(calls[0], recent, size)),
+        ]
+        return torch.stack([part.to(mismatch) for part in parts])
+
+    def _recent_statistics(self, layer: ProbedLayer, record: Recorded, size: int) -> ProbedLayer | None:
+        """A frozen layer as if its running statistics were those of the last batches that were looked at."""
+        recent = self._recent.setdefault(layer.name, deque(maxlen=_RECENT))
+        known = list(recent)
+        recent.append(record.per_group(size))
+        if len(known) < _ENOUGH:
+            return None
+        mean, variance = (torch.stack(each).mean((0, 1)) for each in zip(*known, strict=True))
+        return replace(layer, info=replace(layer.info, running_mean=mean, running_variance=variance))
+
+
+def _uncorrected(values: Corrections) -> Tensor:
+    """D of plain BN, whatever the layer corrects: d^2 + rho (r - 1)^2, the mean over channels."""
+    return (values.d.square() + values.rho * (values.r - 1).square()).mean()
 
 
 def _noise(record: Recorded, layer: ProbedLayer) -> Tensor:

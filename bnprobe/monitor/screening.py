@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,25 +44,41 @@ class Screening:
         self._alpha = alpha
         self._series = [*layers, LOSS]
         self._tests = MeansAbove(len(self._series))
+        self._over = MeansAbove(len(layers))
         self._noise, self._whole = (np.zeros(len(layers)) for _ in range(2))
 
-    def update(self, sample: MonitorSample, noise: Mapping[str, float], ripe: Mapping[str, bool]) -> list[str]:
+    def update(
+        self,
+        sample: MonitorSample,
+        noise: Mapping[str, float],
+        ripe: Mapping[str, bool],
+        changed: Mapping[str, float],
+    ) -> list[str]:
         """Take in a sample; the series that raise an alarm.
 
         Args:
+            changed: For each layer that was changed after an alarm its D against running statistics that had gone on,
+                NaN where that is not known: it raises no alarm, and it is tested whether the cause is gone, see
+                ``is_over``.
             sample: The sample.
             noise: For each of its layers the D of i.i.d. batches of this size.
             ripe: For each of its layers whether its running statistics have forgotten their start.
         """
         values, limits = [math.nan] * len(self._series), [1.0] * len(self._series)
+        within = [math.nan] * (len(self._series) - 1)
         for position, name in enumerate(self._series[:-1]):
             limits[position] = self._limit(position)
             if (layer := sample.layers.get(name)) is not None and ripe[name]:
-                values[position] = layer.mismatch if math.isfinite(layer.mismatch) else math.inf
-                self._add(position, noise[name], layer.mismatch)
+                if name in changed:
+                    known = not math.isnan(changed[name])
+                    within[position] = 2.0 * (changed[name] <= limits[position]) if known else math.nan
+                else:
+                    values[position] = layer.mismatch if math.isfinite(layer.mismatch) else math.inf
+                self._add(position, noise[name], changed.get(name, layer.mismatch))
         if sample.loss is not None and all(ripe.values()):
             worse = not sample.loss.eval - sample.loss.train <= WORSE * abs(sample.loss.train)
             values[-1] = 2.0 * worse  # at most 1 on average, where it is no more often so than not
+        self._over.update(within, 1.0)
         self._tests.update(values, limits)
         return [self._series[position] for position in rejected(self._tests.e_values(), self._alpha)]
 
@@ -77,18 +93,34 @@ class Screening:
             self._noise[position] = _MEMORY * self._noise[position] + noise
             self._whole[position] = _MEMORY * self._whole[position] + whole
 
+    def is_over(self, layers: Iterable[str]) -> bool:
+        """Whether the D of all these layers, which were changed, is surely more often within its limit than not."""
+        evidence = self._over.e_values()
+        return all(evidence[self._series.index(name)] >= 1 / self._alpha for name in layers)
+
     def forget(self) -> None:
         """Begin again, once an alarm was looked into."""
         for position in range(len(self._series)):
             self._tests.forget(position)
 
+    def forget_over(self, layers: Iterable[str]) -> None:
+        """Begin again to ask of these layers whether a cause is gone."""
+        for name in layers:
+            self._over.forget(self._series.index(name))
+
     def state(self) -> dict[str, Any]:
         """What ``restore`` takes, of plain lists."""
-        return {**self._tests.state(), "noise": self._noise.tolist(), "whole": self._whole.tolist()}
+        return {
+            "tests": self._tests.state(),
+            "over": self._over.state(),
+            "noise": self._noise.tolist(),
+            "whole": self._whole.tolist(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
-        self._tests.restore(state)
+        self._tests.restore(state["tests"])
+        self._over.restore(state["over"])
         self._noise, self._whole = np.array(state["noise"]), np.array(state["whole"])
 
 

@@ -447,7 +447,7 @@ def test_a_log_is_a_file_of_lines_or_whatever_takes_scalars(tmp_path: Path) -> N
     [
         ({"every": 0}, "every=0 and batches=16: give at least 1 step and 2 batches"),
         ({"false_alarms": 1.0}, "false_alarms=1.0 is a probability"),
-        ({"on_finding": "panic"}, "on_finding='panic' is neither"),
+        ({"on_finding": "panic"}, 'on_finding=\'panic\': give one of "warn", "freeze"'),
         ({"log": 3}, "log=3 is nothing that a monitor can write to"),
     ],
 )
