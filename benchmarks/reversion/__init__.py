@@ -1,0 +1,1 @@
+"""What it is worth that a monitor changes layers by itself."""
