@@ -188,10 +188,10 @@ def render(found: dict[tuple[str, str], list[tuple[float, int]]], steps: int, se
         "# What it is worth that a monitor acts by itself",
         f"{date.today().isoformat()}, bnprobe {bnprobe.__version__}, {machine(torch.device('cpu'))}, "
         f"{platform.system()}.\n`python {' '.join(['-m benchmarks.reversion', *sys.argv[1:]])}` took {seconds:.0f} s.",
-        f"scikit-learn's digits: 1,200 images to train on, in {steps} batches of {BATCH}, and 597 held out, on which the\n"
-        "accuracy is taken in eval mode. From one third of the run on something is wrong. The monitor samples every\n"
-        f"{EVERY} steps. In brackets: 95% intervals by Student's t over runs; the difference from batch norm left alone is\n"
-        "taken run by run. Better, worse: its interval leaves out 0; same: it does not.",
+        f"scikit-learn's digits: 1,200 images to train on, in {steps} batches of {BATCH}, and 597 held out, on which\n"
+        "the accuracy is taken in eval mode. From one third of the run on something is wrong. The monitor samples\n"
+        f"every {EVERY} steps. In brackets: 95% intervals by Student's t over runs; the difference from batch norm\n"
+        "left alone is taken run by run. Better, worse: its interval leaves out 0; same: it does not.",
     ]
     for name in STREAMS:
         alone = [accuracy for accuracy, _ in found[name, ALONE]]
