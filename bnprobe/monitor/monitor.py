@@ -141,7 +141,7 @@ class Monitor:
         self._hooks = ExitStack()
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
         self._last: Callable[[], Optimizer | None] = self._optimizer
-        self._looking = self._is_compiled = False
+        self._looking = self._is_compiled = self._stepping = self._over = False
         self._look: Look | None = None
         self._losses: tuple[Tensor, Tensor] | None = None
         self._tape: LossTape | None = None
@@ -164,6 +164,7 @@ class Monitor:
         responses = self._on_finding.values() if isinstance(self._on_finding, Mapping) else [self._on_finding]
         if several and any(response in ACTIONS for response in responses):
             raise UsageError("A monitor changes layers in one process only: in several, on_finding may warn or call.")
+        self._over = False
         if self._steps is not None or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             return
         skipped = {layer.name: layer.reason for layer in self._sampler.layers.skipped}
@@ -173,11 +174,16 @@ class Monitor:
         self._prepare()
 
     def stop(self) -> None:
-        """End: nothing of the monitor is left on the model or the optimizers. `start` goes on."""
-        if self._steps is not None:
+        """End: nothing of the monitor is left on the model or the optimizers. `start` goes on.
+
+        After an error within a step it leaves a hook that does nothing, until it is called again: torch is iterating
+        over the hooks of all monitors.
+        """
+        self._over = True
+        self._unhook()
+        if self._steps is not None and not self._stepping:
             self._steps.remove()
             self._steps = None
-        self._unhook()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with, of plain values."""
@@ -212,9 +218,10 @@ class Monitor:
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Runs after a step of any optimizer."""
-        if not self._counts(optimizer):
+        if self._over or not self._counts(optimizer):
             return
         self._unhook()
+        self._stepping = True
         try:
             if self._is_compiled:
                 raise UsageError("The loop calls a compiled model. Give the monitor what torch.compile returned.")
@@ -224,6 +231,7 @@ class Monitor:
             self._give_up(error)
             return
         finally:
+            self._stepping = False
             self._look = self._losses = None
         self.step += 1
         for made in self.changes:
@@ -247,7 +255,7 @@ class Monitor:
 
     def _prepare(self) -> None:
         """Hook the model where the coming step is to be looked at."""
-        if self._alarm is None and (self.step == 0 or self.step % self._every):
+        if self._over or (self._alarm is None and (self.step == 0 or self.step % self._every)):
             return
         before = self._called.register_forward_pre_hook(self._before, with_kwargs=True)
         after = self._called.register_forward_hook(self._after)
@@ -287,10 +295,10 @@ class Monitor:
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._looking or self._look is None or self._tape is not None:
             return
-        self._tape = LossTape(output, self._look.eval, self._found_loss)
-        self._tape.start()
+        tape = self._tape = LossTape(output, self._look.eval, self._found_loss)
+        tape.start()
         # Before the step, not after it: the optimizer's own functions are none of the loss.
-        self._hooks.callback(register_optimizer_step_pre_hook(lambda *_: self._unhook()).remove)
+        self._hooks.callback(register_optimizer_step_pre_hook(lambda *_: tape.stop()).remove)
 
     def _found_loss(self, train: Tensor, eval_: Tensor) -> None:
         self._losses = train, eval_

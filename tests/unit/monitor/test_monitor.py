@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 import bnprobe
-from bnprobe.errors import NothingToProbeError, UsageError
+from bnprobe.errors import NothingToProbeError, OutputError, UsageError
 from bnprobe.records import MonitorFinding
 
 CLASSES, FEATURES = 4, 12
@@ -413,6 +414,32 @@ def test_a_model_that_is_compiled_behind_its_back_ends_the_monitor_and_not_the_t
         _train(compiled, range(8))
     assert monitor.sample is None
     assert not model._forward_pre_hooks
+
+
+def test_monitors_of_several_models_do_not_get_in_each_others_way() -> None:
+    """torch iterates over the hooks of all monitors: one that ends a sample, or gives up, must not end the training."""
+    maker, judge = _net(), _net()
+    of_maker, of_judge = (torch.optim.SGD(each.parameters(), 0.01) for each in (maker, judge))
+
+    def log(event: dict[str, Any]) -> None:
+        if event["event"] == "sample" and event["step"] == 4:
+            raise OutputError("The disk is full.")
+
+    def train() -> None:
+        for step in range(9):
+            made, judged = maker(_batch(step)[0]), judge(_batch(step)[0])
+            (made.square().mean() + judged.square().mean()).backward()
+            of_maker.step()
+            of_judge.step()
+
+    with bnprobe.Monitor(maker, every=2, log=log) as first, bnprobe.Monitor(judge, every=2) as second:
+        with pytest.warns(UserWarning, match=r"stopped at step 4, and training goes on: OutputError: The disk is full"):
+            train()
+        assert not maker._forward_pre_hooks
+    assert (first.step, second.step) == (4, 9)
+    assert second.sample is not None
+    assert second.sample.step == 8
+    assert not _global_optimizer_post_hooks
 
 
 def test_a_log_is_a_file_of_lines_or_whatever_takes_scalars(tmp_path: Path) -> None:
