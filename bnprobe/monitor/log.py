@@ -65,7 +65,9 @@ def event_of(record: MonitorSample | MonitorFinding) -> dict[str, Any]:
 
 
 def scalars(event: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an event by names as plots have them, e.g. ``bnprobe/n_eq/layer1.0.bn1``."""
+    """The numbers of an event by names as plots have them, e.g. ``bnprobe/n_eq/layer1.0.bn1``; 1 marks a finding."""
+    if event["event"] == "finding":
+        return {f"bnprobe/finding/{event['rule']}": 1.0}
     if event["event"] != "sample":
         return {}
     found = {"bnprobe/output": event["output"]}
