@@ -38,6 +38,7 @@ from bnprobe.cli.show import show
 from bnprobe.cli.streams import forget_odd_sizes, occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
 from bnprobe.cli.verify import verify
+from bnprobe.cli.watch import watch
 from bnprobe.docstrings import docstring
 from bnprobe.errors import (
     EXIT_ERROR,
@@ -94,7 +95,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for _each in (scan, sweep, lint, convert, recalibrate, verify, compare, show, export, explain, config, init):
+for _each in (scan, sweep, lint, convert, recalibrate, verify, compare, show, watch, export, explain, config, init):
     app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 

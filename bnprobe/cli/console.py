@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out
+from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out, writing_to
 from bnprobe.paths import placed
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
@@ -41,6 +43,37 @@ def print_report(
     options = replace(options, show_all=asked.show_all, verbose=asked.verbose)
     text = render(document, options)
     write_out(text if options.color else escaped_lines(text))
+
+
+def follow(update: Callable[[], bool], render: Callable[[RenderOptions], str], options: RenderOptions) -> None:
+    """Show what changes: on a terminal again and again until Ctrl-C, elsewhere once.
+
+    Args:
+        update: Called before each time; whether there is anything new.
+        render: Gives the text.
+        options: How much is shown.
+
+    Raises:
+        OutputError: It could not be written.
+    """
+    update()
+    console = Console(file=start().stdout)
+    if start().stdout is None or not console.is_terminal:
+        print_report(None, lambda document, found: render(found), options, "")
+        return
+
+    def view() -> Text:
+        found = _terminal_options("")
+        return Text.from_ansi(render(replace(found, width=console.width, show_all=options.show_all)))
+
+    width = console.width
+    live = Live(view(), console=console, auto_refresh=False)
+    with suppress(KeyboardInterrupt), writing_to(start().stdout), live:
+        while True:
+            time.sleep(_PAUSE)
+            if update() or console.width != width:
+                width = console.width
+                live.update(view(), refresh=True)
 
 
 def _terminal_options(command: str) -> RenderOptions:
@@ -103,6 +136,9 @@ def typed_command() -> str:
 
 _USUAL_WIDTH = 80
 """Columns where there is no terminal."""
+
+_PAUSE = 0.5
+"""Seconds between looks at what is followed."""
 
 _SMOOTHING = 0.1
 """Weight of the newest loss in the smoothed one."""

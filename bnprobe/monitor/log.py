@@ -1,19 +1,23 @@
-"""Where a monitor writes what it sees: a file of JSON lines, TensorBoard, Weights & Biases, or a function."""
+"""Where a monitor writes what it sees: a file of JSON lines, TensorBoard, Weights & Biases, or a function.
+
+`LogReader` reads the file again, also while it grows.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from bnprobe.errors import OutputError, UsageError
+from bnprobe.errors import OutputError, UsageError, reason_of
 from bnprobe.files import make_folder
-from bnprobe.records import MonitorFinding, MonitorSample
+from bnprobe.paths import is_file, is_folder
+from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorLog, MonitorSample
 
 Sink = Callable[[dict[str, Any]], None]
 """Takes an event: a dictionary of plain values with the keys ``event``, one of ``start``, ``sample`` and ``finding``,
@@ -102,3 +106,158 @@ class _Lines:
                 file.write(text)
         except OSError as error:
             raise OutputError(f"{self.path} could not be written: {error.strerror or error}.") from None
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+_LONGEST_LINE = 50_000_000
+"""Bytes; a sample of 10,000 layers has 2 million."""
+
+_MOST_SAMPLES = 2000
+"""Of more, every second one is left out."""
+
+
+class LogReader:
+    """Reads the file of a log, and what is appended to it.
+
+    A run that is resumed does steps again that its log has already: what was logged of them before is left out. What
+    cannot be read, as a line that was cut off when a process was killed, is counted; a last line without its end is
+    one that is still being written.
+
+    Args:
+        path: The file, or the folder with `FILE`.
+
+    Attributes:
+        log: What was read so far.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = _log_in(path)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.log = MonitorLog(str(self._path))
+        self._read, self._file = 0, 0
+        self._samples: list[MonitorSample] = []
+        self._findings: list[MonitorFinding] = []
+
+    def update(self) -> bool:
+        """Read on; whether there was anything new.
+
+        Raises:
+            UsageError: The file cannot be read, or is no log of a monitor.
+        """
+        try:
+            with self._path.open("rb") as file:
+                found = self._path.stat()
+                if found.st_size < self._read or self._file not in (0, found.st_ino):  # another one is in its place
+                    self._begin()
+                self._file = found.st_ino
+                before = file.seek(self._read)
+                while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                    self._take(line)
+                    self._read += len(line)
+        except OSError as error:
+            raise UsageError(f"{self._path} could not be read: {reason_of(error)}.") from None
+        if len(line) == _LONGEST_LINE:
+            raise UsageError(f"{self._path} is no log of a monitor: it has a line of more than 50 MB.")
+        self.log = replace(self.log, samples=tuple(self._samples), findings=tuple(self._findings))
+        return self._read > before
+
+    def _take(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+            if kind == "start":
+                self._start(event)
+            elif not self.log.version:
+                raise ValueError
+            elif kind == "sample":
+                self._samples.append(_sample(event))
+            elif kind == "finding":
+                self._findings.append(_finding(event))
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            if not self.log.version:
+                text = f'{self._path} is no log of a monitor: its first line is none with "event": "start".'
+                raise UsageError(text) from None
+            self.log = replace(self.log, unreadable=self.log.unreadable + 1)
+        if len(self._samples) > _MOST_SAMPLES:
+            self._samples = self._samples[-1::-2][::-1]
+
+    def _start(self, event: dict[str, Any]) -> None:
+        step = _count(event["step"])
+        self.log = replace(
+            self.log,
+            version=_text(event["version"]),
+            model=_text(event["model"]),
+            every=_count(event["every"]),
+            step=step,
+            skipped={_text(name): _text(reason) for name, reason in event["skipped"].items()},
+        )
+        self._samples = [sample for sample in self._samples if sample.step < step]
+        self._findings = [finding for finding in self._findings if finding.step < step]
+
+
+def _log_in(path: Path) -> Path:
+    if not is_folder(path):
+        if is_file(path):
+            return path
+        raise UsageError(f"{path} is neither the log of a monitor, a file of JSON lines, nor a folder with {FILE}.")
+    if is_file(path / FILE):
+        return path / FILE
+    below = sorted(path.glob(f"*/{FILE}"))
+    hint = f" Did you mean {below[0].parent}?" if below else " bnprobe.Monitor(model, log=...) writes one."
+    raise UsageError(f"The folder {path} has no {FILE}.{hint}")
+
+
+def _sample(event: dict[str, Any]) -> MonitorSample:
+    layers = {
+        _text(name): LayerSample(
+            _figure(layer["mismatch"]),
+            None if layer["equivalent_batch_size"] is None else _figure(layer["equivalent_batch_size"]),
+            _figure(layer["r"]),
+            _figure(layer["d"]),
+        )
+        for name, layer in event["layers"].items()
+    }
+    samples, output, loss = (event[name] for name in ("samples", "output", "loss"))
+    return MonitorSample(
+        _count(event["step"]),
+        None if samples is None else _count(samples),
+        None if output is None else _figure(output),
+        None if loss is None else ModeLoss(_figure(loss["train"]), _figure(loss["eval"])),
+        layers,
+    )
+
+
+def _finding(event: dict[str, Any]) -> MonitorFinding:
+    read: dict[str, Any] = {name: _count(event[name]) for name in ("step", "alarm")}
+    words = ("rule", "cause", "severity", "message", "remedy")
+    read |= {name: _text(event[name]) for name in words}
+    if not isinstance(event["layers"], list):
+        raise TypeError(event["layers"])
+    return MonitorFinding(**read, layers=tuple(_text(name) for name in event["layers"]))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise TypeError(value)
+    return value
+
+
+def _figure(value: Any) -> float:
+    """A number; what was not finite is null in JSON."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)

@@ -62,7 +62,7 @@ from bnprobe.records.layers import (
     Source,
     Updates,
 )
-from bnprobe.records.monitor import LayerSample, ModeLoss, MonitorFinding, MonitorSample
+from bnprobe.records.monitor import LayerSample, ModeLoss, MonitorFinding, MonitorLog, MonitorSample
 from bnprobe.records.outputs import Chance, ChanceValues, Gap, GradientAngle, Output, PathValues
 from bnprobe.records.repair import (
     Arm,
@@ -154,6 +154,7 @@ __all__ = [
     "MomentumPoint",
     "MomentumSweep",
     "MonitorFinding",
+    "MonitorLog",
     "MonitorSample",
     "Outcome",
     "Output",

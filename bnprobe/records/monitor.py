@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bnprobe.records.base import Record
 
@@ -70,3 +70,30 @@ class MonitorFinding(Record):
     layers: tuple[str, ...]
     message: str
     remedy: str
+
+
+@dataclass(frozen=True)
+class MonitorLog(Record):
+    """What the log of a monitor says so far: of a run that was resumed, what was not done again.
+
+    Attributes:
+        path: The file.
+        version: The version of bnprobe that watches; empty: the run has not begun.
+        model: The class of the model.
+        every: Optimizer steps from sample to sample.
+        step: Optimizer steps before the run began, or was resumed.
+        skipped: Reasons by the names of norm layers that are not watched.
+        samples: In order; of very many some are left out, evenly.
+        findings: In order.
+        unreadable: Lines that were cut off, or damaged.
+    """
+
+    path: str
+    version: str = ""
+    model: str = ""
+    every: int = 0
+    step: int = 0
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    samples: tuple[MonitorSample, ...] = ()
+    findings: tuple[MonitorFinding, ...] = ()
+    unreadable: int = 0

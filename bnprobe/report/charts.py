@@ -1,4 +1,4 @@
-"""Charts in characters: histograms of r and d in one line, and stacked bars of the sources of mismatch."""
+"""Charts in characters: histograms of r and d and curves in one line, and stacked bars of the sources of mismatch."""
 
 from __future__ import annotations
 
@@ -95,6 +95,24 @@ def _share(low: float, high: float, index: int, first: int, last: int) -> float:
     start = low if index == first else index
     end = high if index == last else index + 1
     return (end - start) / (high - low)
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
+
+
+def sparkline(values: Sequence[float], low: float, high: float, width: int) -> str:
+    """Values over time in at most ``width`` characters, from the lowest bar at ``low`` to the full one at ``high``.
+
+    Each character is the mean of as many values as any other, or one more; what is no number is blank.
+    """
+    size = min(width, len(values))
+    cells = []
+    for cell in range(size):
+        part = values[cell * len(values) // size : (cell + 1) * len(values) // size]
+        known = [min(max(value, low), high) for value in part if not math.isnan(value)]
+        share = (sum(known) / len(known) - low) / ((high - low) or 1.0) if known else math.nan
+        cells.append(LEVELS[0] if math.isnan(share) else LEVELS[1 + round(share * (len(LEVELS) - 2))])
+    return "".join(cells)
 
 
 # --- Stacked bars -----------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_options(workspace: Workspace, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["scan", "sweep", "lint", "convert", "recalibrate", "export", "verify", "explain", "show"]
+    "command", ["scan", "sweep", "lint", "convert", "recalibrate", "export", "verify", "explain", "show", "watch"]
 )
 @pytest.mark.parametrize("name", [TYPED, f"{TYPED}.py", f"{TYPED}.yaml", f"model.py:{TYPED}", f"timm:{TYPED}", LONG])
 def test_targets(workspace: Workspace, command: str, name: str) -> None:
