@@ -70,7 +70,7 @@ class HuggingFaceMonitor(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves; arguments that are functions are no part of it."""
-        plain = {name: value for name, value in self._settings.items() if isinstance(value, str | int | float)}
+        plain = {name: value for name, value in self._settings.items() if isinstance(value, str | int | float | dict)}
         return {"args": plain, "attributes": {"saved": None if self.monitor is None else self.monitor.state_dict()}}
 
 

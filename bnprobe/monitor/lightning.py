@@ -20,6 +20,7 @@ from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import find_layers
 from bnprobe.monitor.log import scalars
 from bnprobe.monitor.monitor import Monitor
+from bnprobe.nn.limits import POSITION
 
 if TYPE_CHECKING or "lightning" in sys.modules or ("pytorch_lightning" not in sys.modules and find_spec("lightning")):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -74,6 +75,12 @@ class LightningMonitor(Callback):
         if not names:
             _warn('no module with norm layers is called by training_step, or only compiled. Name some: modules=["net"]')
         self._start(names, trainer, pl_module, step=min(trainer.global_step, 1))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the weights load into the module as it was made; what the monitors changed is in their own state."""
+        for prefix, monitor in self.monitors.items():
+            for name in [name for made in monitor.changes for name in made.layers]:
+                checkpoint["state_dict"].pop(f"{prefix}.{name}.{POSITION}".removeprefix("."), None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
@@ -179,6 +179,8 @@ class LogReader:
                 self._samples.append(_sample(event))
             elif kind == "finding":
                 self._findings.append(_finding(event))
+            elif kind == "change":
+                self._change(_text(event["action"]), _names(event["layers"]))
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             if not self.log.version:
                 text = f'{self._path} is no log of a monitor: its first line is none with "event": "start".'
@@ -195,10 +197,17 @@ class LogReader:
             model=_text(event["model"]),
             every=_count(event["every"]),
             step=step,
+            changed={name: action for name, action in self.log.changed.items() if step},
             skipped={_text(name): _text(reason) for name, reason in event["skipped"].items()},
         )
         self._samples = [sample for sample in self._samples if sample.step < step]
         self._findings = [finding for finding in self._findings if finding.step < step]
+
+    def _change(self, action: str, layers: Sequence[str]) -> None:
+        changed = {name: done for name, done in self.log.changed.items() if name not in layers}
+        if action not in ("recalibrate", "undo"):  # which leave no other layer behind
+            changed |= dict.fromkeys(layers, action)
+        self.log = replace(self.log, changed=changed)
 
 
 def _log_in(path: Path) -> Path:
@@ -237,9 +246,13 @@ def _finding(event: dict[str, Any]) -> MonitorFinding:
     read: dict[str, Any] = {name: _count(event[name]) for name in ("step", "alarm")}
     words = ("rule", "cause", "severity", "message", "remedy")
     read |= {name: _text(event[name]) for name in words}
-    if not isinstance(event["layers"], list):
-        raise TypeError(event["layers"])
-    return MonitorFinding(**read, layers=tuple(_text(name) for name in event["layers"]))
+    return MonitorFinding(**read, layers=_names(event["layers"]))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(value)
+    return tuple(_text(name) for name in value)
 
 
 def _text(value: Any) -> str:

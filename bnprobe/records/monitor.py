@@ -85,6 +85,7 @@ class MonitorLog(Record):
         skipped: Reasons by the names of norm layers that are not watched.
         samples: In order; of very many some are left out, evenly.
         findings: In order.
+        changed: What was done, by the names of the layers that it was done to and that are still so.
         unreadable: Lines that were cut off, or damaged.
     """
 
@@ -96,4 +97,5 @@ class MonitorLog(Record):
     skipped: Mapping[str, str] = field(default_factory=dict)
     samples: tuple[MonitorSample, ...] = ()
     findings: tuple[MonitorFinding, ...] = ()
+    changed: Mapping[str, str] = field(default_factory=dict)
     unreadable: int = 0

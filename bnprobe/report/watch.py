@@ -59,6 +59,8 @@ def _header(log: MonitorLog, page: Page) -> list[Text]:
     rows = [("log", log.path), ("sampled", f"{sampled}{resumed}")]
     if log.skipped:
         rows.append(("skipped", f"{count(len(log.skipped), 'layer')}: {listed(sorted(log.skipped), 3)}"))
+    for action in sorted(set(log.changed.values())):
+        rows.append((action, listed([name for name, done in log.changed.items() if done == action], 3)))
     if log.unreadable:
         rows.append(("damaged", count(log.unreadable, "line")))
     return [*page.heading(f"bnprobe {log.version}: training of {log.model}"), *page.labelled(rows)]

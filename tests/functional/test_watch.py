@@ -62,6 +62,19 @@ def test_a_resumed_run_replaces_what_it_does_again(workspace: Workspace) -> None
     assert "▁▁▁\n" in text  # a curve of three samples
 
 
+def test_layers_that_are_changed_at_the_moment(workspace: Workspace) -> None:
+    def change(action: str, *layers: str) -> dict[str, Any]:
+        return {"event": "change", "step": 216, "action": action, "layers": layers}
+
+    events = [START, sample(100), change("renorm", "bn1", "bn2"), change("undo", "bn1"), change("recalibrate", "bn3")]
+    workspace.write("a.jsonl", lines(*events))
+    found = workspace.run("watch", "a.jsonl").stdout.splitlines()
+    assert "renorm   bn2" in found
+    assert not any("bn3" in line for line in found)
+    workspace.write("a.jsonl", lines(*events, START))
+    assert "bn2" not in workspace.run("watch", "a.jsonl").stdout
+
+
 def test_lines_that_are_cut_off_damaged_or_of_a_newer_version(workspace: Workspace) -> None:
     whole = lines(START, sample(100))
     odd = [

@@ -116,7 +116,7 @@ def _fit(
         **{"logger": False, "enable_checkpointing": False, **settings},
     )
     train = DataLoader(Blobs(256, in_order), 32, shuffle=not in_order, drop_last=True)
-    with only_warnings_of_bnprobe():
+    with only_warnings_of_bnprobe(findings=in_order):
         trainer.fit(module, train, DataLoader(Blobs(64), 32), ckpt_path=checkpoint, weights_only=False)
     return trainer
 
@@ -223,6 +223,20 @@ class Certain(Lit):
     def __init__(self) -> None:
         super().__init__()
         self.net.body[3] = nn.Identity()
+
+
+@pytest.mark.parametrize("action", ["freeze", "renorm"])
+def test_layers_that_were_changed_are_changed_again_in_a_resumed_run(tmp_path: Path, action: str) -> None:
+    module, callback = _module(Certain), LightningMonitor(every=4, on_finding=action)
+    trainer = _fit(module, callback, epochs=9, in_order=True)
+    changed = [type(layer) for layer in module.net.modules()]
+    assert nn.BatchNorm1d not in changed
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    _module(Certain).load_state_dict(torch.load(tmp_path / "last.ckpt")["state_dict"])
+    again, resumed = _module(Certain), LightningMonitor(every=4, on_finding=action)
+    _fit(again, resumed, epochs=10, in_order=True, checkpoint=tmp_path / "last.ckpt")
+    assert [type(layer) for layer in again.net.modules()] == changed
+    assert {each.action for each in resumed.monitors["net"].changes} == {action}
 
 
 class Fails(Lit):
