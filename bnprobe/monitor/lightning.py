@@ -73,7 +73,10 @@ class LightningMonitor(Callback):
         self._search.stop()
         names, self._search = self._search.found(), None
         if not names:
-            _warn('no module with norm layers is called by training_step, or only compiled. Name some: modules=["net"]')
+            _warn(
+                'no network with norm layers is called by training_step, or only compiled. Name one: modules=["net"].'
+                " Under DistributedDataParallel it must be a module in the LightningModule"
+            )
         self._start(names, trainer, pl_module, step=min(trainer.global_step, 1))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -131,6 +134,7 @@ class _Search:
         self._running: list[str] = []
         self._outer: dict[str, None] = {}
         self._within_root: dict[str, None] = {}
+        self._redirected = False
         self._hooks = ExitStack()
         for name in self._candidates():
             module = root.get_submodule(name)
@@ -150,7 +154,7 @@ class _Search:
         within = [name for name in self._within_root if name not in self._layers]
         if "" in outer and len(within) == len(self._within_root) == 1:
             outer = {within[0] if name == "" else name: None for name in outer}
-        return [name for name in outer if name not in self._layers]
+        return [name for name in outer if name not in self._layers and not (self._redirected and name == "")]
 
     def _candidates(self) -> list[str]:
         """The layers and all modules around them, but nothing within a wrapper, which compiles it or splits batches."""
@@ -169,7 +173,8 @@ class _Search:
         if torch.compiler.is_compiling() or not module.training:
             return
         if module is self._root and not inspect.ismethod(module.forward):
-            return  # DistributedDataParallel calls training_step by way of forward
+            self._redirected = True  # DistributedDataParallel calls training_step by way of forward
+            return
         if not self._running:
             self._outer[name] = None
         elif self._running == [""]:

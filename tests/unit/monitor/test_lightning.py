@@ -275,7 +275,9 @@ def test_what_cannot_be_watched_is_said() -> None:
             super().__init__()
             self.net = nn.Linear(FEATURES, CLASSES)
 
-    with pytest.raises(UserWarning, match=r"does not watch this training: no module with norm layers is called"):
+    with pytest.raises(
+        UserWarning, match="watch this training: no network with norm layers is called by training_step"
+    ):
         _fit(_module(Scattered), LightningMonitor())
     with pytest.raises(UserWarning, match=r"its training_step is compiled as a whole\. Compile the network in it"):
         _fit(torch.compile(_module(Lit), backend="eager"), LightningMonitor())
@@ -306,6 +308,8 @@ def test_distributed_training_is_watched_where_a_network_is_called() -> None:
         assert list(callback.monitors) == watched
         assert callback.monitors["net"].sample is not None
         assert_nothing_is_left(seen)
+    with pytest.raises(UserWarning, match="Under DistributedDataParallel it must be a module in the LightningModule"):
+        _fit(_module(Flat), LightningMonitor(every=4), strategy="ddp")
 
 
 @pytest.fixture(autouse=True)
