@@ -329,3 +329,17 @@ print({"lightning", "transformers", "ignite"} & set(sys.modules), dir(bnprobe.mo
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set() ['HuggingFaceMonitor', 'IgniteMonitor', 'LightningMonitor']\n"
+
+
+def test_in_several_processes_the_first_one_watches(tmp_path: Path) -> None:
+    alone, seen = _module(Lit), _module(Lit)
+    for module, callbacks in ((alone, []), (seen, [LightningMonitor(every=2, log=tmp_path)])):
+        torch.manual_seed(3)
+        _fit(module, *callbacks, strategy="ddp_fork", devices=2)
+    assert_same(alone.state_dict(), seen.state_dict())
+    assert not torch.equal(alone.net.head.weight, _module(Lit).net.head.weight)
+    events = [json.loads(line) for line in (tmp_path / "monitor.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [
+        ("start", 1),
+        *(("sample", step) for step in (2, 4, 6, 8, 10)),
+    ]
