@@ -6,16 +6,18 @@ import fcntl
 import json
 import os
 import pty
+import random
 import select
 import signal
 import struct
 import termios
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from functional.command import CLEAN, TIMEOUT, Workspace
+from functional.command import CLEAN, ERROR, TIMEOUT, Workspace
 from functional.processes import Forked
 from functional.test_hostile_text import NASTY, TYPED, clean
 
@@ -93,6 +95,34 @@ def test_lines_that_are_cut_off_damaged_or_of_a_newer_version(workspace: Workspa
     text = workspace.run("watch", "a.jsonl").stdout
     assert "the last at step 100" in text
     assert "damaged" not in text
+
+
+VALUES = (0, -1, 1e300, -1e300, None, "", "x\x1b", [], {}, True, 10**400)
+
+
+def test_a_log_with_any_other_value_is_shown_or_refused(workspace: Workspace) -> None:
+    """No value of a file that others have written may look like a bug of bnprobe's."""
+    events = [START, sample(100), {"event": "change", "step": 1, "action": "renorm", "layers": ["bn2"]}, FINDING]
+    places = list(_places(events))
+    chance = random.Random(0)
+    for _ in range(120):
+        *path, last = chance.choice(places)
+        changed = json.loads(json.dumps(events))
+        node: Any = changed
+        for key in path:
+            node = node[key]
+        node[last] = chance.choice(VALUES)
+        workspace.write("a.jsonl", "".join(f"{json.dumps(event)}\n" for event in changed))
+        found = clean(workspace.run("watch", "a.jsonl", "--all"))
+        assert found.code == CLEAN if path[:1] != [0] and path else found.code in (CLEAN, ERROR)
+
+
+def _places(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from _places(item, *path, key)
 
 
 def test_what_is_no_log(workspace: Workspace) -> None:

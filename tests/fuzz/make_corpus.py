@@ -49,6 +49,7 @@ COMMANDS = {
     "verify": "verify\nbefore.json\nafter.json\n--all",
     "compare": "compare\nbefore.json\nafter.json\n--format\nmarkdown",
     "show": "show\nreport.json\n--format\njunit\n--format\ncsv\n--output-dir\nout",
+    "watch": "watch\nrun\n--all",
     "config": "config\nspec.yaml\n--batch-size\n4\n--format\ntoml",
     "explain": "explain\nBN203",
     "init": "init\nfolder\n--force",
