@@ -56,6 +56,7 @@ class HuggingFaceMonitor(TrainerCallback, ExportableState):
         logs = [*(log if isinstance(log, list) else [log]), partial(_add_to_history, state)]
         model: nn.Module = given["model"]
         self.monitor = Monitor(model, **{**self._settings, "log": logs})
+        self.monitor.step = state.global_step
         resumed: Any = state.stateful_callbacks if state.global_step else {}
         saved = resumed.get(type(self).__name__, {}).get("attributes", {}).get("saved")
         if saved is not None:

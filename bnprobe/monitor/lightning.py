@@ -77,7 +77,7 @@ class LightningMonitor(Callback):
                 'no network with norm layers is called by training_step, or only compiled. Name one: modules=["net"].'
                 " Under DistributedDataParallel it must be a module in the LightningModule"
             )
-        self._start(names, trainer, pl_module, step=min(trainer.global_step, 1))
+        self._start(names, trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the weights load into the module as it was made; what the monitors changed is in their own state."""
@@ -102,14 +102,16 @@ class LightningMonitor(Callback):
         """Go on where ``state_dict`` was taken, once training starts."""
         self._saved, self.monitors = state_dict, {}
 
-    def _start(self, names: Sequence[str], trainer: Trainer, pl_module: LightningModule, step: int = 0) -> None:
+    def _start(self, names: Sequence[str], trainer: Trainer, pl_module: LightningModule) -> None:
         for name in names:
             several = name if len(names) > 1 else ""
             given = self._settings.get("log")
             logs = [_part(each, several) for each in (given if isinstance(given, list) else [given])]
             settings = {**self._settings, "log": [*logs, partial(_log, trainer, several)]}
             monitor = self.monitors[name] = Monitor(pl_module.get_submodule(name), **settings)
-            monitor.step = step
+            monitor.step = trainer.global_step // max(
+                len(trainer.optimizers), 1
+            )  # which counts those of each optimizer
             if name in self._saved:
                 monitor.load_state_dict(self._saved[name])
             monitor.start()

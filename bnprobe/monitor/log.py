@@ -114,7 +114,7 @@ _LONGEST_LINE = 50_000_000
 """Bytes; a sample of 10,000 layers has 2 million."""
 
 _MOST_SAMPLES = 2000
-"""Of more, every second one is left out."""
+"""Of more, every second one is left out, and so on."""
 
 
 class LogReader:
@@ -142,6 +142,7 @@ class LogReader:
         self.log = MonitorLog(str(self._path))
         self._read, self._file = 0, 0
         self._samples: list[MonitorSample] = []
+        self._number, self._stride, self._is_spare = 0, 1, False
         self._findings: list[MonitorFinding] = []
 
     def update(self) -> bool:
@@ -176,7 +177,7 @@ class LogReader:
             elif not self.log.version:
                 raise ValueError
             elif kind == "sample":
-                self._samples.append(_sample(event))
+                self._add(_sample(event))
             elif kind == "finding":
                 self._findings.append(_finding(event))
             elif kind == "change":
@@ -186,8 +187,17 @@ class LogReader:
                 text = f'{self._path} is no log of a monitor: its first line is none with "event": "start".'
                 raise UsageError(text) from None
             self.log = replace(self.log, unreadable=self.log.unreadable + 1)
-        if len(self._samples) > _MOST_SAMPLES:
-            self._samples = self._samples[-1::-2][::-1]
+
+    def _add(self, sample: MonitorSample) -> None:
+        """Keep every ``_stride``th sample, and the last one."""
+        if self._is_spare:
+            self._samples.pop()
+        self._samples.append(sample)
+        self._is_spare = self._number % self._stride != 0
+        if not self._is_spare and len(self._samples) > _MOST_SAMPLES:
+            self._samples = self._samples[::2]
+            self._stride *= 2
+        self._number += 1
 
     def _start(self, event: dict[str, Any]) -> None:
         step = _count(event["step"])
@@ -201,6 +211,7 @@ class LogReader:
             skipped={_text(name): _text(reason) for name, reason in event["skipped"].items()},
         )
         self._samples = [sample for sample in self._samples if sample.step < step]
+        self._number, self._is_spare = 0, False
         self._findings = [finding for finding in self._findings if finding.step < step]
 
     def _change(self, action: str, layers: Sequence[str]) -> None:

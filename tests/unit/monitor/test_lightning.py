@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -329,6 +330,26 @@ print({"lightning", "transformers", "ignite"} & set(sys.modules), dir(bnprobe.mo
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set() ['HuggingFaceMonitor', 'IgniteMonitor', 'LightningMonitor']\n"
+
+
+def test_the_base_is_that_of_the_lightning_in_use() -> None:
+    code = """
+from support.frameworks import framework
+pytorch_lightning = framework("pytorch_lightning")
+from bnprobe.monitor import LightningMonitor
+print(issubclass(LightningMonitor, pytorch_lightning.Callback))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr
+
+
+def test_a_checkpoint_of_a_run_that_nobody_watched(tmp_path: Path) -> None:
+    trainer = _fit(_module(Lit), epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callback = LightningMonitor(every=4)
+    _fit(_module(Lit), callback, epochs=2, checkpoint=tmp_path / "last.ckpt")
+    assert callback.monitors["net"].step == 16
 
 
 def test_in_several_processes_the_first_one_watches(tmp_path: Path) -> None:

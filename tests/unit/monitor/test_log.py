@@ -1,0 +1,49 @@
+"""A log is read while it grows; see tests/functional/test_watch.py for what may be in it."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import bnprobe
+from bnprobe.monitor.log import LogReader
+from unit.monitor.test_monitor import _net, _train
+
+LAYERS = {"bn": {"mismatch": 0.2, "equivalent_batch_size": 7.8, "r": 0.9, "d": 0.1}}
+START = {"event": "start", "step": 0, "version": "0.1.0", "model": "Net", "every": 1, "skipped": {}}
+
+
+def test_what_a_monitor_writes_is_read_again(tmp_path: Path) -> None:
+    model = _net()
+    with bnprobe.Monitor(model, every=5, log=tmp_path, on_finding=lambda *_: None) as monitor:
+        reader = LogReader(tmp_path)
+        _train(model, range(12))
+        assert reader.update()
+        assert reader.log.samples[-1] == monitor.sample
+        assert not reader.update()
+        _train(model, range(12, 200), size=2)
+    assert reader.update()
+    assert (reader.log.model, reader.log.every, reader.log.unreadable) == ("Net", 5, 0)
+    assert reader.log.samples[-1] == monitor.sample
+    assert list(reader.log.findings) == monitor.findings != []
+
+
+def test_of_very_many_samples_some_are_left_out_evenly_and_the_last_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        file.write(json.dumps(START) + "\n")
+        for step in range(4500):
+            sample = {"event": "sample", "step": step, "samples": 2, "output": None, "loss": None, "layers": LAYERS}
+            file.write(json.dumps(sample) + "\n")
+    reader = LogReader(path)
+    reader.update()
+    steps = [sample.step for sample in reader.log.samples]
+    assert 1000 <= len(steps) <= 2000
+    assert steps[-1] == 4499
+    assert max(later - earlier for earlier, later in pairwise(steps)) == 4
+    with path.open("a") as file:
+        file.write(json.dumps(START) + "\n" + json.dumps({**sample, "step": 1}) + "\n")
+    reader.update()
+    assert [sample.step for sample in reader.log.samples] == [1]
+    assert reader.log.unreadable == 0
