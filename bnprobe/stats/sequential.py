@@ -17,39 +17,26 @@ _BETS = np.array([0.05, 0.15, 0.35, 0.65, 0.9])
 """Parts of the capital that are staked, side by side: small ones find small excesses, large ones large ones fast."""
 
 
-class MeansAbove:
-    """Tests of many series of values at least 0 side by side: does the mean of one stay at or below its limit?
+class _Restarting:
+    """Capital of bettors on many series, of whom one enters before each value: a change may begin at any time.
 
-    The hypothesis of a series is that, whatever came before, the next value has at most the limit as its mean. Nothing
-    else is assumed: not independence, not a distribution, not that the values are alike over time.
-
-    A bettor who stakes the part b of a capital at even odds on an excess has 1 + b (x / limit - 1) times the capital
-    after the value x, which is no more on average where the hypothesis holds (Waudby-Smith and Ramdas 2023, arXiv
-    2010.09686, section 4). Since an excess may begin at any time, a bettor with the capital 1 / (s (s + 1)) enters
-    before each value s (Shin, Ramdas and Rinaldo 2023, arXiv 2203.03532, section 2, with weights that sum to 1 in place
-    of a bound on the run length). What all of them have, together with the capital of those still to come, is the
-    e-value of the series.
+    The bettor who enters before value s has the capital 1 / (s (s + 1)) (Shin, Ramdas and Rinaldo 2023, arXiv
+    2203.03532, section 2, with weights that sum to 1 in place of a bound on the run length), divided evenly among ways
+    to bet. What all of them have, together with the capital of those still to come, is the e-value of a series.
 
     Args:
         series: Their number.
+        ways: In how many ways each bets.
     """
 
-    def __init__(self, series: int) -> None:
+    def __init__(self, series: int, ways: int) -> None:
         self._seen = np.zeros(series, dtype=np.int64)
-        self._capital = np.zeros((series, len(_BETS)))
+        self._capital = np.zeros((series, ways))
 
-    def update(self, values: Sequence[float] | NDArray[np.float64], limits: Sequence[float] | float) -> None:
-        """Take in one value of each series; NaN: none, and the series stays as it is.
-
-        Args:
-            values: At least 0, shape (series,). One that is infinite counts as a million times the limit.
-            limits: Of the means, above 0; may differ from value to value, where what came before decides them.
-        """
-        ratio = np.minimum(np.asarray(values, dtype=np.float64) / limits, 1e6)
-        here = ~np.isnan(ratio)
+    def _bet(self, here: NDArray[np.bool_], won: NDArray[np.float64]) -> None:
+        """Enter bettors, and multiply their capital by what they won on a value; only in the series ``here``."""
         seen = self._seen[here]
         entering = 1.0 / ((seen + 1.0) * (seen + 2.0))
-        won = 1.0 + _BETS * (ratio[here, None] - 1.0)
         # Beyond any use as evidence, and far from what a float holds.
         self._capital[here] = np.minimum((self._capital[here] + entering[:, None]) * won, 1e150)
         self._seen[here] += 1
@@ -78,6 +65,112 @@ class MeansAbove:
         if seen.shape != self._seen.shape or capital.shape != self._capital.shape:
             raise ValueError(f"The state is of {len(seen)} series, and these are {len(self._seen)}.")
         self._seen, self._capital = seen, capital
+
+
+class MeansAbove(_Restarting):
+    """Tests of many series of values at least 0 side by side: does the mean of one stay at or below its limit?
+
+    The hypothesis of a series is that, whatever came before, the next value has at most the limit as its mean. Nothing
+    else is assumed: not independence, not a distribution, not that the values are alike over time.
+
+    A bettor who stakes the part b of a capital at even odds on an excess has 1 + b (x / limit - 1) times the capital
+    after the value x, which is no more on average where the hypothesis holds (Waudby-Smith and Ramdas 2023, arXiv
+    2010.09686, section 4).
+
+    Args:
+        series: Their number.
+    """
+
+    def __init__(self, series: int) -> None:
+        super().__init__(series, len(_BETS))
+
+    def update(self, values: Sequence[float] | NDArray[np.float64], limits: Sequence[float] | float) -> None:
+        """Take in one value of each series; NaN: none, and the series stays as it is.
+
+        Args:
+            values: At least 0, shape (series,). One that is infinite counts as a million times the limit.
+            limits: Of the means, above 0; may differ from value to value, where what came before decides them.
+        """
+        ratio = np.minimum(np.asarray(values, dtype=np.float64) / limits, 1e6)
+        here = ~np.isnan(ratio)
+        self._bet(here, 1.0 + _BETS * (ratio[here, None] - 1.0))
+
+
+_HIGH, _LOW = np.array([0.15, 0.4, 0.7]), np.array([0.4])
+"""Exponents of bets on p-values near 0 and near 1: small ones find large shifts fast, large ones small shifts."""
+
+MOST_KEPT = 2048
+"""Earlier scores that a new one is compared with, at most."""
+
+
+class Exchangeable(_Restarting):
+    """Tests of many series of scores side by side: is what comes exchangeable with what was seen before?
+
+    The hypothesis is that rows of scores, one score for each series, are drawn independently from one distribution:
+    those of a calibration and those of the stream alike. Nothing is assumed of that distribution, nor of how the series
+    of a row depend on each other.
+
+    The p-value of a score is its rank from above among the scores before it, ties broken at random. A martingale bets
+    against it: k p^(k-1) times the capital, whose mean is 1 over uniform p-values, and the same with 1 - p (conformal
+    test martingales: Vovk, Nouretdinov and Gammerman 2003; Volkhonskiy et al. 2017, arXiv 1706.03415).
+
+    A calibration that stays as it is would not do: its finite size makes all p-values a little wrong in the same way,
+    which a long stream finds out. So a row is compared with the calibration and the rows of the stream before it. Once
+    there are ``most`` of these, the new row is added and one of all of them, drawn at random, is dropped. Which one
+    does not depend on the scores. Given which rows were together and all that comes later, each of them is therefore
+    equally likely to be the new one: p-values are exactly uniform, and those of a row independent of those of all
+    other rows, whatever the size of the calibration and the length of the stream. The rate of false alarms is that over
+    calibrations and streams together.
+
+    What this costs: a shift enters the rows that it is compared with. One that was not found while it came to less than
+    about as many rows as there were before it, is not found later either; and neither is one slower than ``most`` rows.
+
+    Args:
+        calibration: Scores of healthy data, shape (rows, series); more than ``most`` are not used.
+        seed: Of the random ties and what is dropped, which must not depend on the data.
+        most: See above.
+    """
+
+    def __init__(
+        self, calibration: NDArray[np.float64] | Sequence[Sequence[float]], seed: int = 0, most: int = MOST_KEPT
+    ) -> None:
+        given = np.asarray(calibration, dtype=np.float64)[:most]
+        super().__init__(given.shape[1], len(_HIGH) + len(_LOW))
+        self._draws = np.random.default_rng(seed)
+        self._kept = np.empty((most, given.shape[1]))
+        self._kept[: len(given)] = given
+        self._size = len(given)
+
+    def update(self, scores: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Take in one row; NaN counts as infinite.
+
+        Returns:
+            What the bets won on it, the mean over ways to bet, shape (series,).
+        """
+        row = np.asarray(scores, dtype=np.float64)
+        row = np.where(np.isnan(row), np.inf, row)
+        p = self._p_values(row)[:, None]
+        won = np.concatenate([_HIGH * p ** (_HIGH - 1.0), _LOW * (1.0 - p) ** (_LOW - 1.0)], axis=1)
+        self._bet(np.ones(len(row), dtype=bool), won)
+        self._keep(row)
+        mean: NDArray[np.float64] = won.mean(1)
+        return mean
+
+    def _p_values(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """In (0, 1), shape (series,)."""
+        before = self._kept[: self._size]
+        above, tied = (before > row).sum(0), (before == row).sum(0)
+        # One draw for the whole row: its series may depend on each other, its rows may not.
+        drawn = 1.0 - self._draws.random()
+        p: NDArray[np.float64] = (above + drawn * (tied + 1)) / (self._size + 1)
+        return p.clip(1e-12, 1 - 1e-12)
+
+    def _keep(self, row: NDArray[np.float64]) -> None:
+        most = len(self._kept)
+        position = self._size if self._size < most else int(self._draws.integers(most + 1))
+        if position < most:  # else the new row is the one that is dropped
+            self._kept[position] = row
+            self._size = min(self._size + 1, most)
 
 
 def rejected(e_values: Sequence[float] | NDArray[np.float64], alpha: float) -> list[int]:

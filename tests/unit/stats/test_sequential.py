@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from bnprobe.stats.sequential import _BETS, MeansAbove, rejected
+from bnprobe.stats.sequential import _BETS, _HIGH, _LOW, Exchangeable, MeansAbove, rejected
 
 
 def _reference(values: list[float], limit: float) -> float:
@@ -104,3 +104,92 @@ def test_rejections_name_the_largest() -> None:
     assert rejected([1.0, 60.0, 1.0], 0.05) == [1]
     assert rejected([21.0, 20.0, 25.0], 0.05) == [2, 0, 1]
     assert rejected([], 0.05) == []
+
+
+# --- Exchangeable -----------------------------------------------------------------------------------------------------
+
+
+def _conformal(calibration: list[float], stream: list[float], draws: list[float]) -> float:
+    """The e-value by its definition: every score ranked among all before it, and a bettor for every beginning."""
+    before, bets = list(calibration), []
+    for score, drawn in zip(stream, draws, strict=True):
+        above, tied = sum(each > score for each in before), sum(each == score for each in before)
+        p = (above + drawn * (tied + 1)) / (len(before) + 1)
+        bets.append([k * p ** (k - 1) for k in _HIGH] + [k * (1 - p) ** (k - 1) for k in _LOW])
+        before.append(score)
+    total = 0.0
+    for way in range(len(_HIGH) + len(_LOW)):
+        for start in range(len(bets)):
+            won = math.prod(each[way] for each in bets[start:])
+            total += won / ((start + 1) * (start + 2)) / (len(_HIGH) + len(_LOW))
+    return total + 1 / (len(bets) + 1)
+
+
+def test_a_conformal_test_equals_its_definition() -> None:
+    calibration, stream = [3.0, 1.0, 2.0, 2.0], [2.0, 5.0, 0.5, 2.0, 9.0]
+    test, same = Exchangeable([[each] for each in calibration], seed=4), np.random.default_rng(4)
+    for score in stream:
+        test.update([score])
+    draws = [1 - same.random() for _ in stream]
+    assert test.e_values()[0] == pytest.approx(_conformal(calibration, stream, draws), rel=1e-9)
+
+
+def test_bets_on_uniform_p_values_are_fair() -> None:
+    """Their mean is 1, to be integrated where they are finite: k p^(k-1) from a to 1 is 1 - a^k."""
+    grid = np.linspace(0.01, 1, 200_001)
+    for k in (*_HIGH, *_LOW):
+        assert np.trapezoid(k * grid ** (k - 1), grid) == pytest.approx(1 - 0.01**k, abs=1e-4)
+
+
+@pytest.mark.parametrize("most", [16, 2048])
+def test_p_values_are_uniform_and_independent_whatever_the_size_of_the_calibration(most: int) -> None:
+    """Also once rows are dropped: here 16 are kept, of a stream of 60; a calibration that stays would fail."""
+    found = []
+    for run in range(600):
+        draws = np.random.default_rng([run, 1])
+        test = Exchangeable(draws.normal(size=(8, 1)), seed=run, most=most)
+        values = []
+        for score in draws.normal(size=60):
+            values.append(float(test._p_values(np.array([score]))[0]))
+            test.update([score])
+        found.append(values)
+    p = np.array(found)
+    # Means of a stream vary as those of 60 independent uniform values do: a common error would add to that.
+    assert p.mean() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / p.size))
+    assert p.mean(1).var() == pytest.approx(1 / 12 / 60, rel=4 * math.sqrt(2 / 600))
+
+
+@pytest.mark.parametrize("calibration", [16, 200])
+def test_healthy_streams_raise_no_more_alarms_than_stated(calibration: int) -> None:
+    """Heavy tails, ties, and series that are nearly the same: the mean of their e-values, at 150 looks of 300 runs."""
+    runs, alpha, alarms = 300, 0.05, 0
+    for run in range(runs):
+        draws = np.random.default_rng([run, 2])
+        common = draws.standard_t(2, size=calibration + 150)
+        rows = np.stack([common, np.round(common), common + draws.normal(size=len(common))], axis=1)
+        test = Exchangeable(rows[:calibration], seed=run, most=128)
+        for row in rows[calibration:]:
+            test.update(row)
+            if test.e_values().mean() >= 1 / alpha:
+                alarms += 1
+                break
+    assert alarms / runs <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+@pytest.mark.parametrize(("healthy", "shift", "delay"), [(0, 3.0, 10), (500, 3.0, 20), (500, 1.0, 60), (0, -3.0, 30)])
+def test_a_shift_of_scores_is_found_whenever_it_begins(healthy: int, shift: float, delay: int) -> None:
+    draws = np.random.default_rng(3)
+    test = Exchangeable(draws.normal(size=(100, 1)))
+    for score in draws.normal(size=healthy):
+        test.update([score])
+    assert test.e_values()[0] < 100
+    for _ in range(delay):
+        test.update([draws.normal() + shift])
+    assert test.e_values()[0] > 100
+
+
+def test_a_score_that_is_not_finite_is_the_largest() -> None:
+    test = Exchangeable(np.arange(100.0)[:, None])
+    for _ in range(12):
+        test.update([math.nan])
+    assert 1_000 < test.e_values()[0] < math.inf
