@@ -29,20 +29,34 @@ if TYPE_CHECKING:
     from bnprobe.commands.compare import compare
     from bnprobe.commands.export import export
     from bnprobe.commands.lint import lint
+    from bnprobe.commands.profile import profile
     from bnprobe.commands.scan import scan
     from bnprobe.commands.sweep import sweep
     from bnprobe.commands.verify import verify
     from bnprobe.monitor.monitor import Monitor
-    from bnprobe.records import Comparison, ExportReport, LintReport, Report, SweepReport, Verification
+    from bnprobe.monitor.shift import ShiftMonitor
+    from bnprobe.records import (
+        Comparison,
+        DriftReport,
+        ExportReport,
+        LintReport,
+        Profile,
+        Report,
+        SweepReport,
+        Verification,
+    )
     from bnprobe.repairs import convert, deployable_state
     from bnprobe.repairs.recalibration import recalibrate
 
 __all__ = [
     "Comparison",
+    "DriftReport",
     "ExportReport",
     "LintReport",
     "Monitor",
+    "Profile",
     "Report",
+    "ShiftMonitor",
     "SweepReport",
     "Verification",
     "__version__",
@@ -53,6 +67,7 @@ __all__ = [
     "export",
     "lint",
     "nn",
+    "profile",
     "recalibrate",
     "report",
     "scan",
@@ -62,10 +77,13 @@ __all__ = [
 
 _HOMES = {
     "Comparison": "bnprobe.records",
+    "DriftReport": "bnprobe.records",
     "ExportReport": "bnprobe.records",
     "LintReport": "bnprobe.records",
     "Monitor": "bnprobe.monitor.monitor",
+    "Profile": "bnprobe.records",
     "Report": "bnprobe.records",
+    "ShiftMonitor": "bnprobe.monitor.shift",
     "SweepReport": "bnprobe.records",
     "Verification": "bnprobe.records",
     "compare": "bnprobe.commands.compare",
@@ -73,6 +91,7 @@ _HOMES = {
     "deployable_state": "bnprobe.repairs",
     "export": "bnprobe.commands.export",
     "lint": "bnprobe.commands.lint",
+    "profile": "bnprobe.commands.profile",
     "recalibrate": "bnprobe.repairs.recalibration",
     "scan": "bnprobe.commands.scan",
     "sweep": "bnprobe.commands.sweep",

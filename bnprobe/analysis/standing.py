@@ -8,9 +8,11 @@ from bnprobe.config.spec import RulesSpec
 from bnprobe.records import (
     Comparison,
     Document,
+    DriftReport,
     ExportReport,
     LintReport,
     Plan,
+    Profile,
     RepairRecord,
     Report,
     SweepReport,
@@ -40,6 +42,8 @@ def is_ok(document: Document) -> bool:
             return is_proven(record) and record.weights is not None
         case Plan():
             return not record.refused
-        case Comparison():
+        case DriftReport():
+            return record.alarm is None
+        case Comparison() | Profile():
             return True
     raise TypeError(f"{type(document).__name__} is no document of a command")

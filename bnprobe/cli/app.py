@@ -18,6 +18,7 @@ from bnprobe.cli.command import Command, clean_usage, writing_help
 from bnprobe.cli.compare import compare
 from bnprobe.cli.config import config
 from bnprobe.cli.convert import convert
+from bnprobe.cli.drift import drift
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
@@ -32,6 +33,7 @@ from bnprobe.cli.processes import (
     several_processes,
     was_interrupted,
 )
+from bnprobe.cli.profile import profile
 from bnprobe.cli.recalibrate import recalibrate
 from bnprobe.cli.scan import scan
 from bnprobe.cli.show import show
@@ -95,7 +97,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for _each in (scan, sweep, lint, convert, recalibrate, verify, compare, show, watch, export, explain, config, init):
+for _each in (
+    scan,
+    sweep,
+    lint,
+    convert,
+    recalibrate,
+    verify,
+    compare,
+    profile,
+    drift,
+    show,
+    watch,
+    export,
+    explain,
+    config,
+    init,
+):
     app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
 
 

@@ -30,6 +30,7 @@ from bnprobe.records.baseline import (
 )
 from bnprobe.records.comparison import ComparedScan, Comparison, LayerPoint, LayerTrend, Trend
 from bnprobe.records.document import Document, Plotted, Tabular
+from bnprobe.records.drift import ChannelDrift, DriftReport, LayerDrift, Profile, ProfiledLayer
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -118,6 +119,7 @@ __all__ = [
     "Cause",
     "Chance",
     "ChanceValues",
+    "ChannelDrift",
     "ComparedScan",
     "Comparison",
     "Composition",
@@ -128,6 +130,7 @@ __all__ = [
     "Distribution",
     "Document",
     "Domains",
+    "DriftReport",
     "Ending",
     "Environment",
     "Estimate",
@@ -144,6 +147,7 @@ __all__ = [
     "Layer",
     "LayerChange",
     "LayerComparison",
+    "LayerDrift",
     "LayerPoint",
     "LayerSample",
     "LayerTrend",
@@ -163,6 +167,8 @@ __all__ = [
     "Plan",
     "Plotted",
     "Pool",
+    "Profile",
+    "ProfiledLayer",
     "Proof",
     "Record",
     "Refusal",

@@ -11,11 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnprobe.errors import UsageError
-from bnprobe.records import Comparison, ExportReport, LintReport, Plan, Report, SweepReport, Verification
+from bnprobe.records import (
+    Comparison,
+    DriftReport,
+    ExportReport,
+    LintReport,
+    Plan,
+    Profile,
+    Report,
+    SweepReport,
+    Verification,
+)
 from bnprobe.registry import Registry
 from bnprobe.report import (
     compare,
     csv,
+    drift,
     export,
     github,
     html,
@@ -47,6 +58,8 @@ DOCUMENTS: Mapping[type, str] = {
     Verification: "the report of a verification",
     ExportReport: "the report of an export",
     Comparison: "the comparison of scans",
+    Profile: "a profile",
+    DriftReport: "the report of drift",
 }
 """What there is to render, and what messages call it."""
 
@@ -59,6 +72,7 @@ OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
     "verify": (Verification,),
     "export": (ExportReport,),
     "compare": (Comparison,),
+    "drift": (DriftReport,),
 }
 """What the commands give to render; ``bnprobe show`` renders all."""
 
@@ -107,6 +121,8 @@ FORMATS: Registry[Format] = Registry(
                 Verification: verify.render,
                 ExportReport: export.render,
                 Comparison: compare.render,
+                Profile: drift.render_profile,
+                DriftReport: drift.render,
             },
             suffix=".txt",
         ),

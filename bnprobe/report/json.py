@@ -25,9 +25,11 @@ from bnprobe.records import (
     Baseline,
     Comparison,
     Difference,
+    DriftReport,
     ExportReport,
     LintReport,
     Plan,
+    Profile,
     Record,
     RepairRecord,
     Report,
@@ -89,6 +91,8 @@ _KINDS: dict[type[Record], tuple[str, str]] = {
     Verification: ("the result of a verification", "bnprobe verify --format json"),
     ExportReport: ("the report of an export", "bnprobe export --format json"),
     Comparison: ("a comparison", "bnprobe compare --format json"),
+    Profile: ("a profile", "bnprobe profile"),
+    DriftReport: ("the report of a check for drift", "bnprobe drift --format json"),
     Baseline: ("a baseline", "bnprobe scan --write-baseline"),
 }
 """Documents: what each is, and what writes it. Which one a document is, its keys say."""
@@ -291,6 +295,8 @@ SCHEMAS: dict[str, tuple[type[Record], str]] = {
     "sweep": (SweepReport, "bnprobe sweep"),
     "comparison": (Comparison, "bnprobe comparison"),
     "baseline": (Baseline, "bnprobe baseline"),
+    "profile": (Profile, "bnprobe profile"),
+    "drift": (DriftReport, "bnprobe drift"),
 }
 """What there is a schema of: the record and the title."""
 

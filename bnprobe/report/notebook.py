@@ -22,15 +22,30 @@ from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import (
     Comparison,
     Document,
+    DriftReport,
     ExportReport,
     LintReport,
     Plan,
+    Profile,
     RepairRecord,
     Report,
     SweepReport,
     Verification,
 )
-from bnprobe.report import FORMATS, RenderOptions, compare, json, lint, render, repair, scan, screen, sweep, verify
+from bnprobe.report import (
+    FORMATS,
+    RenderOptions,
+    compare,
+    drift,
+    json,
+    lint,
+    render,
+    repair,
+    scan,
+    screen,
+    sweep,
+    verify,
+)
 from bnprobe.report.diagnoses import closing, findings_in_words
 from bnprobe.report.page import SEVERITY_SIGNS, as_call
 
@@ -82,6 +97,10 @@ def _one_line(document: Document) -> str:
             return verify.one_line(document)
         case Comparison():
             return compare.one_line(document)
+        case Profile():
+            return f"{document.model}, {drift.one_line_of_profile(document)}"
+        case DriftReport():
+            return f"{document.model}, {drift.one_line(document)}"
         case Plan():
             refused = f", {len(document.refused)} refused" if document.refused else ""
             return f"{count(len(document.changes), 'layer')} to {document.to}{refused}"

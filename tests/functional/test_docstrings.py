@@ -31,7 +31,7 @@ def test_the_public_names_are_what_completion_shows() -> None:
     assert all(hasattr(bnprobe, name) for name in bnprobe.__all__)
 
 
-@pytest.mark.parametrize("name", ["scan", "sweep", "recalibrate", "export"])
+@pytest.mark.parametrize("name", ["scan", "sweep", "recalibrate", "export", "profile"])
 def test_calls_have_one_style(name: str) -> None:
     """Model, batches, batch size, where a call takes them; all else by keyword."""
     signature = inspect.signature(getattr(bnprobe, name))

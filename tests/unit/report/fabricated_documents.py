@@ -13,16 +13,21 @@ from fabricated_scans import files, scans
 from bnprobe.commands.compare import compare_named
 from bnprobe.records import (
     BestRates,
+    ChannelDrift,
     Comparison,
     Diagnosis,
     Difference,
+    DriftReport,
     Environment,
     ExportReport,
     Layer,
+    LayerDrift,
     LintReport,
     MomentumCurve,
     MomentumPoint,
     MomentumSweep,
+    Profile,
+    ProfiledLayer,
     Report,
     SkippedLayer,
     Smallest,
@@ -197,6 +202,59 @@ def _scaled(layer: Layer, factor: float) -> Layer:
     return replace(layer, **changed)
 
 
+# --- Drift ------------------------------------------------------------------------------------------------------------
+
+
+def profiled() -> Profile:
+    """Two layers, the second called twice; few blocks; one layer was skipped."""
+    figures = ((0.1, -0.2), (0.5, 0.4), (0.7, 0.6), (0.1, 0.2), (0.9, 1.1, 1.4))
+    layers = tuple(
+        ProfiledLayer(name, call, 2, *figures) for name, call in (("stem.bn", 0), ("head.bn", 0), ("head.bn", 1))
+    )
+    return Profile(
+        tool=TOOL,
+        environment=fabricated.flagged().environment,
+        model="model.py:load_model",
+        checkpoint=None,
+        statistics="ab" * 32,
+        data="load_eval_data of model.py",
+        seed=0,
+        block=8,
+        described=128,
+        blocks=3,
+        layers=layers,
+        skipped=(SkippedLayer("rois.bn", "BatchNorm2d", "it does not see one row for each sample"),),
+        notes=("There are 3 blocks to compare with.",),
+    )
+
+
+def drifted(alarm: int | None = 48, e_value: float = 3.2e8) -> DriftReport:
+    """The second call of a layer moved; the first layer hardly did."""
+    channels = (ChannelDrift(1, 2.34, 0.5), ChannelDrift(0, -0.3, -1.2))
+    return DriftReport(
+        tool=TOOL,
+        model="model.py:load_model",
+        data="new.pt",
+        alpha=0.01,
+        e_value=e_value,
+        alarm=alarm,
+        samples=1_024,
+        batches=32,
+        left_out=0,
+        block=8,
+        layers=(
+            LayerDrift("stem.bn", 0, 1_024, 0.03, False, None, 0.0, 0.02, channels[1:]),
+            LayerDrift("head.bn", 1, 1_024, 2 * e_value, alarm is not None, 984, 1.67, 0.92, channels),
+        ),
+        notes=(),
+    )
+
+
+def undrifted() -> DriftReport:
+    """Nothing moved."""
+    return drifted(None, 0.04)
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "scan": {**fabricated.REPORTS},
     "lint": {"clean": lint_clean, "findings": lint_findings},
@@ -206,6 +264,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "verify": {**repairs.VERIFICATIONS},
     "compare": {"several": compared},
     "export": {"agrees": exported, "refused": export_refused, "unchecked": export_unchecked},
+    "profile": {"few": profiled},
+    "drift": {"alarm": drifted, "none": undrifted},
 }
 """Documents by kind and name."""
 
