@@ -45,7 +45,7 @@ def drift_spec(
             session = session_of(workload, settings, kept.restores)
             layers, _ = watchable(session.layers.layers)
             slots = slots_of(profile, layers)
-            inputs = LayerInputs(layers)
+            inputs = LayerInputs(layers, exact=True)
             with session.installed():
                 for batches, _ in enumerate(passes(session, inputs, reader_of(source, settings)), 1):
                     features = inputs.features(slots)

@@ -130,7 +130,7 @@ def profile_workload(
             require_layers(workload.model, session.layers)
             raise NothingToProbeError(f"No layer can be profiled. The first is {skipped[0].name}: {skipped[0].reason}.")
         with session.installed():
-            build = _Build(LayerInputs(layers), block)
+            build = _Build(LayerInputs(layers, exact=True), block)
             for done, _ in enumerate(passes(session, build.inputs, reader), 1):
                 build.add()
                 progress(done, done)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from bnprobe.errors import UsageError
 from bnprobe.measure.batch import as_plain
-from bnprobe.measure.forward_pass import Slot
+from bnprobe.measure.forward_pass import Slot, as_channels
 from bnprobe.measure.layers import ProbedLayer
-from bnprobe.measure.norms import FunctionFamily, WholeModule
+from bnprobe.measure.norms import FunctionFamily, NormInfo, WholeModule
 from bnprobe.records import ChannelDrift, LayerDrift, Profile, ProfiledLayer, SkippedLayer
-from bnprobe.stats.moments import row_moments
+from bnprobe.stats.moments import row_sums, wide
 from bnprobe.stats.sequential import Exchangeable, rejected
 
 LEAST_BLOCKS = 16
@@ -104,10 +104,11 @@ class LayerInputs:
 
     Args:
         layers: As ``watchable`` gives them.
+        exact: Compute in float64.
     """
 
-    def __init__(self, layers: Sequence[ProbedLayer]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[ProbedLayer], exact: bool = False) -> None:
+        self._exact = exact
         self._of_modules = {layer.module: layer for layer in layers}
         self._thread: int | None = None
         self._samples = 0
@@ -115,7 +116,8 @@ class LayerInputs:
         self._moments: dict[Slot, tuple[Tensor, Tensor]] = {}
         self._calls: Counter[int] = Counter()
         self._failed: dict[Slot, str] = {}
-        self._scales: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._centres: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._scales: dict[tuple[Slot, ...], Tensor] = {}
 
     @contextmanager
     def taking(self, samples: int, most: int | None = None) -> Iterator[None]:
@@ -129,8 +131,8 @@ class LayerInputs:
         self._calls.clear()
         self._thread, self._samples, self._most = get_ident(), samples, most
         with ExitStack() as hooks:
-            for layer in self._layers:
-                handle = layer.module.register_forward_pre_hook(self.enter, with_kwargs=True)
+            for module in self._of_modules:
+                handle = module.register_forward_pre_hook(self.enter, with_kwargs=True)
                 hooks.callback(handle.remove)
             yield
 
@@ -149,7 +151,19 @@ class LayerInputs:
             self._failed[slot] = "it does not see one row for each sample"
         else:
             with torch.no_grad():
-                self._moments[slot] = row_moments(as_plain(x.detach())[: self._most], layer.info.eps)
+                self._moments[slot] = self._around_running_mean(layer, as_plain(x.detach())[: self._most])
+
+    def _around_running_mean(self, layer: ProbedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and mean square of each sample and channel around the running mean, where no digits are lost."""
+        dtype = torch.float64 if self._exact else wide(x.dtype)
+        key = layer.index, x.device, dtype
+        if key not in self._centres:
+            assert layer.info.running_mean is not None  # watchable() said so
+            self._centres[key] = layer.info.running_mean.detach().to(x.device, dtype)
+        sums = row_sums(x - as_channels(self._centres[key], x))
+        if sums.positions is None:
+            return sums.mean, sums.squares + sums.mean.square()
+        return sums.mean, sums.squares / sums.positions
 
     @property
     def failed(self) -> Mapping[Slot, str]:
@@ -175,29 +189,24 @@ class LayerInputs:
             return None
         device = self._moments[slots[0]][0].device
         with torch.no_grad():
-            mean, variance = (
-                torch.cat([self._moments[slot][part].to(device) for slot in slots], dim=1) for part in (0, 1)
+            mean, square = (
+                torch.cat([self._moments[slot][part].to(device) for slot in slots], dim=1).double() for part in (0, 1)
             )
-            centre, scale = self._scale((tuple(slots), device))
-            position = (mean - centre) * scale
-            extent = torch.log1p(variance * scale.square() + position.square())
-            return torch.stack([position, extent], dim=1)
+            scale = self._scale(tuple(slots), device)
+            return torch.stack([mean * scale, torch.log1p(square * scale.square())], dim=1)
 
-    def _scale(self, key: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """Running mean, and one over the running standard deviation, of all channels."""
-        if key not in self._scales:
-            slots, device = key
-            layers = {layer.index: layer.info for layer in self._layers}
-            infos = [layers[index] for index, _ in slots]
-            mean = torch.cat([info.running_mean.detach().double().to(device) for info in infos])  # type: ignore[union-attr]
-            variance = torch.cat(
-                [
-                    info.running_variance.detach().double().to(device) + info.eps_of_channels.to(device)  # type: ignore[union-attr]
-                    for info in infos
-                ]
-            )
-            self._scales = {key: (mean, variance.rsqrt())}
-        return self._scales[key]
+    def _scale(self, slots: tuple[Slot, ...], device: torch.device) -> Tensor:
+        """One over the running standard deviation, of all channels."""
+        if slots not in self._scales:
+            infos = {layer.index: layer.info for layer in self._of_modules.values()}
+            variances = [_with_eps(infos[index]).to(device) for index, _ in slots]
+            self._scales = {slots: torch.cat(variances).rsqrt()}
+        return self._scales[slots].to(device)
+
+
+def _with_eps(info: NormInfo) -> Tensor:
+    assert info.running_variance is not None  # watchable() said so
+    return info.running_variance.detach().double().cpu() + info.eps_of_channels
 
 
 class Healthy:
