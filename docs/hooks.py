@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[1]
 SCHEMAS = REPOSITORY / "bnprobe" / "report"
 BENCHMARKS = (
     "README.md",
-    *(f"{each}/{name}.md" for each in ("faults", "repairs", "peers") for name in ("README", "RESULTS")),
+    *(f"{each}/{name}.md" for each in ("faults", "repairs", "peers", "drift") for name in ("README", "RESULTS")),
 )
 
 
@@ -119,6 +119,16 @@ def generated_pages() -> dict[str, str]:
             "baseline.schema.json",
             "JSON baseline",
             "What `--write-baseline` writes; [known findings](../ci/baseline.md) says what it is for.",
+        ),
+        "reference/json-profile.md": schema(
+            "profile.schema.json",
+            "JSON profile",
+            "What `bnprobe profile` writes, and `bnprobe.profile` gives.",
+        ),
+        "reference/json-drift.md": schema(
+            "drift.schema.json",
+            "JSON report of drift",
+            "`bnprobe drift --format json`, and `ShiftMonitor.summary()` in Python.",
         ),
         **{f"rules/{name}": text for name, text in rule_pages().items()},
         **{f"benchmarks/{name}": (REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8") for name in BENCHMARKS},

@@ -154,8 +154,8 @@ def _cost(rounds: int) -> list[str]:
     head = ["network", "images in a batch", "forward pass", "a batch looked at", "on average, every=8"]
     return [
         "## What it costs",
-        "Processor time beyond that of the model's forward pass of the batch in eval mode, in parts of that. Of a batch,"
-        " 8 images are looked at.",
+        "Processor time beyond that of the model's forward pass of the batch in eval mode, in parts of that. Of a"
+        " batch, 8 images are looked at.",
         markdown([head, *rows]),
     ]
 

@@ -1,8 +1,8 @@
 """The printed output that README.md and docs/ show: found by the comments before it, compared with what a run prints.
 
 ``<!-- bnprobe ARGUMENTS -->`` stands before a whole output, ``<!-- from bnprobe ARGUMENTS -->`` before parts of one,
-with a line of three dots where lines were left out. A command that writes (``-o NAME.safetensors``) runs before those
-that name what it wrote (``NAME.``).
+with a line of three dots where lines were left out. A command that writes (``-o NAME.safetensors``, ``-o NAME.json``)
+runs before those that name what it wrote (``NAME.``).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Reader:
 
 def _written(command: str) -> str | None:
     """How the names of the files begin that a command writes; None: it writes none."""
-    found = re.search(r" -o (\S+\.)safetensors$", command)
+    found = re.search(r" -o (\S+\.)(safetensors|json)$", command)
     return found and found[1]
 
 

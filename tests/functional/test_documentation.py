@@ -127,10 +127,11 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         "train": lambda model: model.train(),
     }
     shown = list(_fenced("python", REPOSITORY / "docs" / "python.md"))
-    assert len(shown) == 6
+    assert len(shown) == 7
     for text in shown:
         exec(compile(text.replace('device="cuda"', 'device="cpu"'), "python.md", "exec"), names)
     assert names["report"].scan.batches == 32
+    assert names["monitor"].samples > 0
     assert "running_mean" in "".join(names["model"].state_dict())
 
 
