@@ -338,6 +338,15 @@ def test_other_models_and_weights_are_refused(model: nn.Module, profile: Profile
         bnprobe.ShiftMonitor(model, "nowhere.json")
 
 
+def test_a_model_that_is_compiled_behind_its_back_is_not_seen_and_said(model: nn.Module, profile: Profile) -> None:
+    torch.compiler.reset()
+    with bnprobe.ShiftMonitor(model, profile, every=1) as monitor:
+        torch.compile(model, backend="eager")(_images(16, 0))
+    assert monitor.samples == 0
+    assert "without torch.compile" in " ".join(str(monitor.summary()).split())
+    torch.compiler.reset()
+
+
 def test_a_file_will_do(model: nn.Module, profile: Profile, tmp_path: Path) -> None:
     replace(profile, notes=()).save(tmp_path / "profile.json")
     with bnprobe.ShiftMonitor(model, tmp_path / "profile.json", every=1) as monitor:
