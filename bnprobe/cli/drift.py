@@ -25,7 +25,7 @@ def drift(
         options.option(
             options.DATA,
             "--data",
-            "The data to compare, in the forms of a scan (default: the data of a profile, held-out data first).",
+            "The data to compare, as a scan takes it (default: as bnprobe profile takes it, held-out data first).",
             "TARGET",
         ),
         options.Sets("data.target"),
@@ -39,7 +39,9 @@ def drift(
     ] = None,
     alpha: Annotated[
         float,
-        options.option(options.JUDGE, "--alpha", "Probability of an alarm where the data is like the profile.", "P"),
+        options.option(
+            options.JUDGE, "--alpha", "Probability of an alarm where the data is like the profile.", "P"
+        ),
     ] = 0.01,
     device: options.Device = None,
     autocast: options.Autocast = None,

@@ -38,7 +38,10 @@ def profile(
     block: Annotated[
         int,
         options.option(
-            PROFILE, "--block", "Samples of which the mean is compared; larger ones show smaller shifts, later.", "N"
+            PROFILE,
+            "--block",
+            "Samples in a block, whose mean is compared; larger ones show smaller shifts, later.",
+            "N",
         ),
     ] = 8,
     device: options.Device = None,
