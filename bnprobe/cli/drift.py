@@ -39,9 +39,7 @@ def drift(
     ] = None,
     alpha: Annotated[
         float,
-        options.option(
-            options.JUDGE, "--alpha", "Probability of an alarm where the data is like the profile.", "P"
-        ),
+        options.option(options.JUDGE, "--alpha", "Probability of an alarm where the data is like the profile.", "P"),
     ] = 0.01,
     device: options.Device = None,
     autocast: options.Autocast = None,
