@@ -149,6 +149,8 @@ class LayerInputs:
             self._failed[slot] = "it normalizes with the statistics of the batch"
         elif not isinstance(x, Tensor) or x.dim() < 2 or x.shape[0] != self._samples:
             self._failed[slot] = "it does not see one row for each sample"
+        elif not x.is_floating_point():
+            self._failed[slot] = f"its input is of {x.dtype}"
         else:
             with torch.no_grad():
                 self._moments[slot] = self._around_running_mean(layer, as_plain(x.detach())[: self._most])

@@ -141,6 +141,7 @@ class ShiftMonitor:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+        self._leave()
 
     def reset(self) -> None:
         """Begin a new stream, as after an alarm that was dealt with; it has a rate of false alarms of its own."""
@@ -189,8 +190,11 @@ class ShiftMonitor:
         if (self.batches - 1) % self._every or not self._lock.acquire(blocking=False):
             return  # or another thread's batch is being looked at
         self._thread, self._depth = get_ident(), 1
-        self._taking.enter_context(self._inputs.taking(count_samples((args, kwargs)) or 0, self._most))
-        self._inputs.enter(module, args, kwargs)  # a layer that is the whole model
+        try:
+            self._taking.enter_context(self._inputs.taking(count_samples((args, kwargs)) or 0, self._most))
+            self._inputs.enter(module, args, kwargs)  # a layer that is the whole model
+        except Exception as error:
+            self._give_up(error)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._thread != get_ident():
@@ -198,9 +202,8 @@ class ShiftMonitor:
         self._depth -= 1
         if self._depth:
             return
-        self._taking.close()
-        self._thread = None
         try:
+            self._taking.close()
             self._looked += 1
             features = self._inputs.features(self._slots)
             if features is None:
@@ -208,10 +211,26 @@ class ShiftMonitor:
                 return
             had_alarm = self.alarm
             self._drift.add(features)
+        except Exception as error:  # whatever it is, the model goes on serving
+            self._give_up(error)
+            return
         finally:
-            self._lock.release()
+            self._leave()
         if self.alarm and not had_alarm:
             self._on_alarm(self)
+
+    def _leave(self) -> None:
+        """End the look at a batch, if there is one."""
+        self._taking.close()
+        self._thread = None
+        if self._lock.locked():
+            self._lock.release()
+
+    def _give_up(self, error: Exception) -> None:
+        self.stop()
+        warnings.warn(
+            f"bnprobe.ShiftMonitor stopped, and the model goes on: {type(error).__name__}: {error}", stacklevel=2
+        )
 
 
 def _require_watchable(model: nn.Module) -> None:

@@ -302,6 +302,29 @@ def test_a_nan_is_a_shift_and_no_error(model: nn.Module, profile: Profile) -> No
     assert monitor.alarm
 
 
+@pytest.mark.parametrize("failing", ["bnprobe.monitor.shift.count_samples", "bnprobe.measure.drift.Healthy.scores"])
+def test_whatever_fails_the_model_goes_on(
+    model: nn.Module, profile: Profile, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("none left")
+
+    expected = model(_images(16, 0))
+    with bnprobe.ShiftMonitor(model, profile, every=1) as monitor:
+        monkeypatch.setattr(failing, fail)
+        with pytest.warns(UserWarning, match="the model goes on: MemoryError: none left"):
+            found = model(_images(16, 0))
+        assert torch.equal(found, expected)
+        assert not model._forward_pre_hooks
+        monkeypatch.undo()
+        assert torch.equal(model(_images(16, 0)), expected)
+        before = monitor.samples
+        monitor.start()
+        model(_images(16, 1))
+        assert monitor.samples == before + 8
+    assert not model.get_submodule("shared")._forward_pre_hooks
+
+
 def test_threads_do_not_disturb_each_other(model: nn.Module, profile: Profile) -> None:
     with bnprobe.ShiftMonitor(model, profile, every=1) as monitor:
 
