@@ -20,8 +20,9 @@ from bnprobe.paths import is_file, is_folder
 from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorLog, MonitorSample
 
 Sink = Callable[[dict[str, Any]], None]
-"""Takes an event: a dictionary of plain values with the keys ``event``, one of ``start``, ``sample`` and ``finding``,
-and ``step``; the others are the fields of `MonitorSample` and `MonitorFinding`."""
+"""Takes an event: a dictionary of plain values with the keys ``event``, one of ``start``, ``sample``, ``alarm`` and
+``finding``, and ``step``; the others are the fields of `MonitorSample` and `MonitorFinding`, and of an alarm its
+``series``: the layers that raised it, or "loss"."""
 
 FILE = "monitor.jsonl"
 """The file in a folder that was given as the log."""

@@ -330,8 +330,10 @@ class Monitor:
         self.sample = MonitorSample(self.step, look.samples, distance, loss, layers)
         self._write(event_of(self.sample))
         changed = {name: gone_on[name] for made in self.changes for name in made.layers if name in layers}
-        if self._screening.update(self.sample, noise, ripe, changed) and self.step >= self._rests_until:
+        raised = self._screening.update(self.sample, noise, ripe, changed)
+        if raised and self.step >= self._rests_until:
             self._alarm = self.step
+            self._write({"event": "alarm", "step": self.step, "series": raised})
         for made in [each for each in self.changes if self._screening.is_over(each.layers)]:
             self._take_back(made)
             self._write({"event": "change", "step": self.step, "action": "undo", "layers": list(made.layers)})
