@@ -59,8 +59,9 @@ class Monitor:
     every layer against its running statistics, the distance of the outputs, and the loop's own loss in both modes,
     which is what ``eval()`` would cost right now. Sequential tests screen these samples. Where they raise an alarm, the
     next batches are kept and scanned as `bnprobe.scan` does, and what the scan finds is reported. The tests are
-    anytime-valid: while the mean of every D is within its limit, and the loss is no more often worse in eval mode than
-    not, the probability that a run of any length has an alarm is at most ``false_alarms``.
+    anytime-valid: while batches are large enough, no D is on average beyond its limit unless the loss shows nothing of
+    it, and the loss is no more often twice as large in eval mode than not, the probability that a run of any length has
+    an alarm is at most ``false_alarms``; see ``bnprobe.monitor.screening``.
 
     Between samples no hook is on the model. Weights, statistics, gradients and the random state are bit-identical to
     training without a monitor.

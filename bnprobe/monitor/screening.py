@@ -13,10 +13,13 @@ from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.sequential import MeansAbove, rejected
 
 LOSS = "loss"
-"""The series of the loss, beside those of the layers."""
+"""What the loss is called, beside the layers."""
 
-WORSE = 0.1
-"""The loss of a batch is worse in eval mode if it is so by more than this part of what it is in train mode."""
+GROSS = 4.0
+"""A D of more than so many times its limit is looked into whatever the loss says."""
+
+DOUBLE = 2.0
+"""So is a loss that is more often than not beyond this multiple in eval mode, whatever D is."""
 
 LEFT_ON_START = 0.03
 """Above this weight on what they were at the start, running statistics are not judged."""
@@ -29,11 +32,19 @@ _MEMORY = 0.9
 
 
 class Screening:
-    """One test for each layer, and one for the loss.
+    """Whether batches are too small, the two modes differ, or the loss in eval mode is out of all proportion.
 
-    A layer: its D is, on average, no more than the limit above which a scan flags it. The limit lies between that of
-    noise and that of all else, in proportion to what the samples before were made of. The loss: in eval mode it is no
-    more often worse than it is not.
+    A layer raises an alarm where one of these is rejected:
+
+    * The D that i.i.d. batches of this size have is, on average, within the limit of noise.
+    * Its D is, on average, no more than the limit above which a scan flags it, or the loss is neither more often larger
+      nor more often smaller in eval mode. At a high learning rate running statistics lag behind the weights in every
+      sound run; that is a fault where the loss shows it. Where no loss is known, D alone is judged.
+    * Its D is, on average, no more than ``GROSS`` times that limit.
+
+    The limit of D lies between that of noise and that of all else, in proportion to what the samples before were made
+    of. The loss raises an alarm where this is rejected: it is in eval mode no more often beyond ``DOUBLE`` times what
+    it is in train mode than not.
 
     Args:
         layers: Their names.
@@ -41,11 +52,11 @@ class Screening:
     """
 
     def __init__(self, layers: Sequence[str], alpha: float) -> None:
-        self._alpha = alpha
-        self._series = [*layers, LOSS]
-        self._tests = MeansAbove(len(self._series))
+        self._alpha, self._layers = alpha, list(layers)
+        self._tests = MeansAbove(3 * len(layers) + 3)
         self._over = MeansAbove(len(layers))
         self._noise, self._whole = (np.zeros(len(layers)) for _ in range(2))
+        self._knows_loss = False
 
     def update(
         self,
@@ -54,7 +65,7 @@ class Screening:
         ripe: Mapping[str, bool],
         changed: Mapping[str, float],
     ) -> list[str]:
-        """Take in a sample; the series that raise an alarm.
+        """Take in a sample; the layers that raise an alarm, and ``LOSS``.
 
         Args:
             changed: For each layer that was changed after an alarm its D against running statistics that had gone on,
@@ -64,23 +75,36 @@ class Screening:
             noise: For each of its layers the D of i.i.d. batches of this size.
             ripe: For each of its layers whether its running statistics have forgotten their start.
         """
-        values, limits = [math.nan] * len(self._series), [1.0] * len(self._series)
-        within = [math.nan] * (len(self._series) - 1)
-        for position, name in enumerate(self._series[:-1]):
-            limits[position] = self._limit(position)
+        count = len(self._layers)
+        whole, iid, within = (np.full(count, np.nan) for _ in range(3))
+        of_loss, most_noise = np.full(3, np.nan), noise_limit(DEFAULT_THRESHOLD)
+        limits = np.array([self._limit(position) for position in range(count)])
+        for position, name in enumerate(self._layers):
             if (layer := sample.layers.get(name)) is not None and ripe[name]:
-                if name in changed:
-                    known = not math.isnan(changed[name])
-                    within[position] = 2.0 * (changed[name] <= limits[position]) if known else math.nan
-                else:
-                    values[position] = layer.mismatch if math.isfinite(layer.mismatch) else math.inf
+                if name not in changed:
+                    whole[position] = layer.mismatch if math.isfinite(layer.mismatch) else math.inf
+                    iid[position] = noise[name]
+                elif not math.isnan(changed[name]):
+                    within[position] = 2.0 * (changed[name] <= limits[position] and noise[name] <= most_noise)
                 self._add(position, noise[name], changed.get(name, layer.mismatch))
         if sample.loss is not None and all(ripe.values()):
-            worse = not sample.loss.eval - sample.loss.train <= WORSE * abs(sample.loss.train)
-            values[-1] = 2.0 * worse  # at most 1 on average, where it is no more often so than not
+            train, other = sample.loss.train, sample.loss.eval
+            seen = [not other <= train, not train <= other, not other <= train + (DOUBLE - 1) * abs(train)]
+            self._knows_loss = True
+            of_loss = 2.0 * np.array(seen)  # at most 1 on average, where it is no more often so than not
         self._over.update(within, 1.0)
-        self._tests.update(values, limits)
-        return [self._series[position] for position in rejected(self._tests.e_values(), self._alpha)]
+        self._tests.update(
+            np.concatenate([whole, iid, whole, of_loss]),
+            np.concatenate([limits, np.full(count, most_noise), GROSS * limits, np.ones(3)]),
+        )
+        # Of hypotheses of which one holds, the smallest e-value is an e-value; of hypotheses that all hold, the mean.
+        beyond, small, gross, (larger, smaller, doubled) = np.split(
+            self._tests.e_values(), [count, 2 * count, 3 * count]
+        )
+        shown = (larger + smaller) / 2 if self._knows_loss else math.inf
+        evidence = np.concatenate([(np.minimum(beyond, shown) + gross) / 2, small, [doubled]])
+        names = [*self._layers, *self._layers, LOSS]
+        return list(dict.fromkeys(names[position] for position in rejected(evidence, self._alpha)))
 
     def _limit(self, position: int) -> float:
         whole, noise = float(self._whole[position]), float(self._noise[position])
@@ -96,32 +120,29 @@ class Screening:
     def is_over(self, layers: Iterable[str]) -> bool:
         """Whether the D of all these layers, which were changed, is surely more often within its limit than not."""
         evidence = self._over.e_values()
-        return all(evidence[self._series.index(name)] >= 1 / self._alpha for name in layers)
+        return all(evidence[self._layers.index(name)] >= 1 / self._alpha for name in layers)
 
     def forget(self) -> None:
         """Begin again, once an alarm was looked into."""
-        for position in range(len(self._series)):
+        for position in range(3 * len(self._layers) + 3):
             self._tests.forget(position)
 
     def forget_over(self, layers: Iterable[str]) -> None:
         """Begin again to ask of these layers whether a cause is gone."""
         for name in layers:
-            self._over.forget(self._series.index(name))
+            self._over.forget(self._layers.index(name))
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` takes, of plain lists."""
-        return {
-            "tests": self._tests.state(),
-            "over": self._over.state(),
-            "noise": self._noise.tolist(),
-            "whole": self._whole.tolist(),
-        }
+        own = {"noise": self._noise.tolist(), "whole": self._whole.tolist(), "knows_loss": self._knows_loss}
+        return {"tests": self._tests.state(), "over": self._over.state(), **own}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
         self._tests.restore(state["tests"])
         self._over.restore(state["over"])
         self._noise, self._whole = np.array(state["noise"]), np.array(state["whole"])
+        self._knows_loss = state["knows_loss"]
 
 
 def updates_to_ripen(momentum: float | None) -> int:

@@ -84,7 +84,9 @@ class MeansAbove(_Restarting):
     def __init__(self, series: int) -> None:
         super().__init__(series, len(_BETS))
 
-    def update(self, values: Sequence[float] | NDArray[np.float64], limits: Sequence[float] | float) -> None:
+    def update(
+        self, values: Sequence[float] | NDArray[np.float64], limits: Sequence[float] | NDArray[np.float64] | float
+    ) -> None:
         """Take in one value of each series; NaN: none, and the series stays as it is.
 
         Args:
