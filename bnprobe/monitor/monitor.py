@@ -275,8 +275,8 @@ class Monitor:
         if torch.compiler.is_compiling():
             self._is_compiled = True
             return
-        if self._looking or not self._sampler.model.training:
-            return
+        if self._looking or not self._sampler.model.training or not torch.is_grad_enabled():
+            return  # without gradients: for a log, a second view, or the first of the two runs of a checkpoint
         if self._tape is not None:  # a second call before backward(): the loss is of both
             self._tape.drop()
             return
@@ -294,7 +294,9 @@ class Monitor:
             self._looking = False
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._looking or self._look is None or self._tape is not None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if self._looking or self._look is None or self._tape is not None:
             return
         tape = self._tape = LossTape(output, self._look.eval, self._found_loss)
         tape.start()

@@ -380,6 +380,25 @@ def test_a_loss_that_cannot_be_computed_again_is_left_out() -> None:
     assert float(total) > 0
 
 
+def test_a_forward_without_gradients_is_none_of_the_step() -> None:
+    """As for a log or a second view, before the forward that trains; the batches of a scan are not of it, either."""
+    model = _net()
+    model.drop.p = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with bnprobe.Monitor(model, every=1) as monitor:
+        for step in range(3):
+            x, y = _batch(step)
+            with torch.no_grad():
+                model(torch.full_like(x, 1000.0))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+    assert monitor.sample is not None
+    assert monitor.sample.loss is not None
+    assert monitor.sample.loss.train == pytest.approx(float(loss.detach()))
+
+
 def test_an_error_in_a_sample_ends_the_monitor_and_not_the_training() -> None:
     class Picky(Net):
         calls = 0
