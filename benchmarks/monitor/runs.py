@@ -21,13 +21,13 @@ from benchmarks.faults.samples import Batch, Sampling, batches
 EVERY = 10
 """Optimizer steps from sample to sample."""
 
-STEPS = 510
+STEPS = 450
 """Of a run."""
 
 SCORED = 2000
 """Held-out samples that score at most."""
 
-NETS = {"mlp": (8, 2), "points": (6, 2), "plain": (2, 2), "residual": (1, 1)}
+NETS = {"mlp": (8, 2), "points": (6, 1), "plain": (2, 1), "residual": (1, 1)}
 """Of `benchmarks.faults`: a table with BatchNorm1d, clouds that a generator makes, and two for digits; and the seeds of
 healthy and of faulty runs, fewer where a step takes longer."""
 
@@ -113,7 +113,7 @@ class Outcome:
     """What became of a run.
 
     Attributes:
-        network, seed, what: Of the run; ``what`` is the condition, or the fault with its strength.
+        network, seed, what, steps: Of the run; ``what`` is the condition, or the fault with its strength.
         begin: Steps before the fault; None: there is none.
         alarms: Steps before each alarm, and the series that raised it.
         findings: Step of the alarm, and the rule.
@@ -126,6 +126,7 @@ class Outcome:
     network: str
     seed: int
     what: str
+    steps: int
     begin: int | None
     alarms: list[tuple[int, list[str]]]
     findings: list[tuple[int, str]]
@@ -167,6 +168,7 @@ def run(network: str, seed: int, what: str, recipe: Recipe, fault: Fault | None 
         network,
         seed,
         what,
+        steps,
         begin if fault else None,
         [(each["step"], each["series"]) for each in events if each["event"] == "alarm"],
         [(each.alarm, each.rule) for each in monitor.findings],

@@ -41,6 +41,35 @@ def _healthy_row(name: str, part: list[Outcome]) -> list[str]:
     ]
 
 
+def alarmed(outcomes: Sequence[Outcome]) -> Table:
+    """The runs without a fault that had an alarm."""
+    head = [
+        "network",
+        "seed",
+        "run",
+        "steps before alarms",
+        "raised by",
+        "named",
+        "accuracy",
+        "lost to running statistics",
+    ]
+    return [
+        head,
+        *(
+            [
+                *(one.network, str(one.seed), one.what),
+                ", ".join(str(step) for step, _ in one.alarms),
+                ", ".join(dict.fromkeys(name for _, series in one.alarms for name in series)),
+                ", ".join(dict.fromkeys(rule for _, rule in one.findings)),
+                f"{one.accuracy:.3f}",
+                f"{one.gap:+.3f}",
+            ]
+            for one in outcomes
+            if one.alarms
+        ),
+    ]
+
+
 def share(count: int, of: int) -> str:
     """E.g. "3: 6.0% [1.3%, 16.5%]", by Clopper and Pearson."""
     low, high = binomtest(count, of).proportion_ci()

@@ -122,7 +122,7 @@ FAULT = "batches shrink to 2"
 def outcome(what: str, *alarms: int, begin: int | None = None, lost: float = 0.0, rule: str = "") -> Outcome:
     findings = [(step, rule) for step in alarms if rule]
     raised = [(step, ["units.0.norm"]) for step in alarms]
-    return Outcome(QUICK, 1, what, begin, raised, findings, 0.9 - lost, 0.0, None, 1.0)
+    return Outcome(QUICK, 1, what, 510, begin, raised, findings, 0.9 - lost, 0.0, None, 1.0)
 
 
 HEALTHY_RUNS = [outcome(BASE), outcome(BASE, 50, rule="BN203"), replace(outcome("other"), alarms=[(20, ["loss"])])]
@@ -137,6 +137,13 @@ def test_false_alarms_are_counted_by_run() -> None:
     rows = {row[0]: row for row in score.false_alarms(HEALTHY_RUNS)}
     assert rows[BASE][1:7] == ["2", "1: 50.0% [1.3%, 98.7%]", "1", "0", "1: 50.0% [1.3%, 98.7%]", "BN203 1"]
     assert rows["all"][1:5] == ["3", "2: 66.7% [9.4%, 99.2%]", "1", "1"]
+
+
+def test_runs_with_an_alarm_are_listed() -> None:
+    assert [row[2:6] for row in score.alarmed(HEALTHY_RUNS)[1:]] == [
+        [BASE, "50", "units.0.norm", "BN203"],
+        ["other", "20", "loss", ""],
+    ]
 
 
 def test_only_alarms_since_the_fault_detect_it() -> None:
