@@ -24,7 +24,6 @@ from benchmarks.monitor.work import run_all, tasks
 from benchmarks.setting import load, machine
 from bnprobe import __version__
 
-
 _CAUSES = """Why a monitor misses what it misses:
 
 * **Domain shifts.** Running averages with momentum 0.1 have followed after 20 steps: two samples here, none at
@@ -36,7 +35,7 @@ _CAUSES = """Why a monitor misses what it misses:
 * **Momentum that becomes small** leaves statistics as stale as the weights have moved since. Where the loss is less
   than twice as large for it and every D within its limit, it passes.
 * **A batch times 10** is forgotten before D was sampled often enough.
-* **A part of the batch of one class** below a half leaves D within its limit.
+* **A quarter of a batch of one class** leaves D within its limit, or nearly.
 
 Why it takes so long: before a fault there were 15 samples, and each test may begin at any of them, which costs a factor
 of 240 in evidence; a D of twice its limit doubles the evidence from sample to sample at most."""
