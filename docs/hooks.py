@@ -28,7 +28,11 @@ REPOSITORY = Path(__file__).parents[1]
 SCHEMAS = REPOSITORY / "bnprobe" / "report"
 BENCHMARKS = (
     "README.md",
-    *(f"{each}/{name}.md" for each in ("faults", "repairs", "peers", "drift", "monitor") for name in ("README", "RESULTS")),
+    *(
+        f"{each}/{name}.md"
+        for each in ("faults", "repairs", "peers", "drift", "monitor")
+        for name in ("README", "RESULTS")
+    ),
 )
 
 
