@@ -30,7 +30,7 @@ BENCHMARKS = (
     "README.md",
     *(
         f"{each}/{name}.md"
-        for each in ("faults", "repairs", "peers", "drift", "monitor")
+        for each in ("faults", "repairs", "peers", "drift", "monitor", "reversion")
         for name in ("README", "RESULTS")
     ),
 )

@@ -94,11 +94,12 @@ class Monitor:
         NothingToProbeError: The model has no norm layer, or none is selected.
 
     Example:
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.01)
         >>> with bnprobe.Monitor(model, every=2) as monitor:
         ...     for _ in range(4):
         ...         loss = model(next(iter(loader))[0]).square().mean()
         ...         loss.backward()
-        ...         optimizer.step()
+        ...         _ = optimizer.step()
         >>> monitor.step, monitor.findings
         (4, [])
         >>> monitor.sample.loss.eval != monitor.sample.loss.train

@@ -45,6 +45,12 @@ class Profile(Document):
         described: Samples that positions and extents were taken of.
         blocks: Blocks that have a score, of other samples.
         notes: What the reader should know, a sentence each.
+
+    Example:
+        >>> profile = bnprobe.profile(model, loader, block=2)
+        >>> profile.save("profile.json")
+        >>> bnprobe.Profile.load("profile.json") == profile
+        True
     """
 
     tool: Tool
@@ -111,6 +117,14 @@ class DriftReport(Document):
         batches: Batches that they are from.
         left_out: Batches that could not be judged: not every layer of the profile saw a row for each sample.
         notes: What the reader should know, a sentence each.
+
+    Example:
+        >>> with bnprobe.ShiftMonitor(model.eval(), bnprobe.profile(model, loader, block=2), every=1) as monitor:
+        ...     for pixels, _ in loader:
+        ...         _ = model(pixels)
+        >>> report = monitor.summary()
+        >>> report.alarm is None, report.ok
+        (True, True)
     """
 
     tool: Tool

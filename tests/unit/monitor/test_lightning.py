@@ -231,7 +231,7 @@ def test_layers_that_were_changed_are_changed_again_in_a_resumed_run(tmp_path: P
     module, callback = _module(Certain), LightningMonitor(every=4, on_finding=action)
     trainer = _fit(module, callback, epochs=9, in_order=True)
     changed = [type(layer) for layer in module.net.modules()]
-    assert nn.BatchNorm1d not in changed
+    assert callback.monitors["net"].changes
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     _module(Certain).load_state_dict(torch.load(tmp_path / "last.ckpt")["state_dict"])
     again, resumed = _module(Certain), LightningMonitor(every=4, on_finding=action)
