@@ -9,6 +9,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -350,7 +351,10 @@ def _anchored_path(path: str, folder: Path) -> str:
     if not given.is_absolute() and anchored.is_relative_to(here):
         anchored = anchored.relative_to(here)
     plain = Path(os.path.normpath(anchored))
-    return str(plain if real(plain) == real(anchored) else anchored)
+    with suppress(OSError, ValueError):  # no path can be so: loading it says what is wrong
+        if real(plain) == real(anchored):
+            return str(plain)
+    return str(anchored)
 
 
 _EXPECTED = {

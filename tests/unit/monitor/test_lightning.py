@@ -352,13 +352,28 @@ def test_a_checkpoint_of_a_run_that_nobody_watched(tmp_path: Path) -> None:
     assert callback.monitors["net"].step == 16
 
 
+SEVERAL = """
+import sys, torch
+from support.frameworks import framework
+framework("lightning.pytorch")
+from bnprobe.monitor import LightningMonitor
+from unit.monitor.loops import assert_same
+from unit.monitor.test_lightning import Lit, _fit, _module
+alone, seen = _module(Lit), _module(Lit)
+for module, callbacks in ((alone, []), (seen, [LightningMonitor(every=2, log=sys.argv[1])])):
+    torch.manual_seed(3)
+    _fit(module, *callbacks, strategy="ddp_fork", devices=2)
+assert_same(alone.state_dict(), seen.state_dict())
+assert not torch.equal(alone.net.head.weight, _module(Lit).net.head.weight)
+"""
+
+
 def test_in_several_processes_the_first_one_watches(tmp_path: Path) -> None:
-    alone, seen = _module(Lit), _module(Lit)
-    for module, callbacks in ((alone, []), (seen, [LightningMonitor(every=2, log=tmp_path)])):
-        torch.manual_seed(3)
-        _fit(module, *callbacks, strategy="ddp_fork", devices=2)
-    assert_same(alone.state_dict(), seen.state_dict())
-    assert not torch.equal(alone.net.head.weight, _module(Lit).net.head.weight)
+    """From a process of its own, which has no threads yet: those of OpenMP do not come along into a fork."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SEVERAL, str(tmp_path)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
     events = [json.loads(line) for line in (tmp_path / "monitor.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [
         ("start", 1),
