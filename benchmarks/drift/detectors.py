@@ -32,7 +32,7 @@ def detectors(task: Task) -> dict[str, Detector]:
         "KS per pixel": _kolmogorov(lambda x: x.flatten(1), task),
         "KS on outputs": _kolmogorov(lambda x: torch.softmax(task.model(x), 1), task),
         "MMD of pixels": _discrepancy(lambda x: x.flatten(1), task),
-        "MMD of features": _discrepancy(lambda x: task.model[:-1](x), task),  # type: ignore[index]
+        "MMD of features": _discrepancy(lambda x: task.model[:-1](x), task),
     }
 
 

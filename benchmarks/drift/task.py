@@ -28,7 +28,7 @@ class Task:
         new: Images of the class that was left out.
     """
 
-    model: nn.Module
+    model: nn.Sequential
     accuracy: float
     healthy: Tensor
     service: Tensor

@@ -259,8 +259,10 @@ def _profile(
     parts = [map(tuple, part.tolist()) for part in rows.split(healthy.sizes, dim=1)]
     scores = [tuple(column) for column in zip(*build.scores, strict=True)]
     found = tuple(
-        ProfiledLayer(named[index].name, call, size, *figures, scores=own)  # type: ignore[misc]  # four of them
-        for (index, call), size, figures, own in zip(build.slots, healthy.sizes, parts, scores, strict=True)
+        ProfiledLayer(named[index].name, call, size, position, position_spread, extent, extent_spread, own)
+        for (index, call), size, (position, position_spread, extent, extent_spread), own in zip(
+            build.slots, healthy.sizes, parts, scores, strict=True
+        )
     )
     called = [layer for layer in layers if any(index == layer.index for index, _ in build.slots)]
     return Profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -229,7 +230,7 @@ class Monitor:
                 raise UsageError("The loop calls a compiled model. Give the monitor what torch.compile returned.")
             if self._look is not None:
                 self._finish(self._look)
-        except BnprobeError as error:
+        except Exception as error:  # a log's, too: the user's training goes on
             self._give_up(error)
             return
         finally:
@@ -326,7 +327,7 @@ class Monitor:
         for name, (mismatch, iid, r, square, tracked, settled) in zip(look.layers, rows, strict=True):
             layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5)
             noise[name], gone_on[name] = iid, settled
-            updates = self.step if tracked != tracked else tracked
+            updates = self.step if math.isnan(tracked) else tracked
             ripe[name] = updates >= self._ripe_from[name]
         difference, norm, *losses = values[FIGURES * len(rows) :]
         distance = (difference / norm) ** 0.5 if norm > 0 else None

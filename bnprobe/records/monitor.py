@@ -27,7 +27,9 @@ class LayerSample(Record):
 
 @dataclass(frozen=True)
 class ModeLoss(Record):
-    """The loss of one batch, as the loop computes it from the model's outputs, in both modes."""
+    """The loss of one batch in both modes: what the loop calls ``backward()`` on, so that a GradScaler's factor, or the
+    number of batches that it is divided by, is in it.
+    """
 
     train: float
     eval: float

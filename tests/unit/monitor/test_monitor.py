@@ -461,6 +461,19 @@ def test_monitors_of_several_models_do_not_get_in_each_others_way() -> None:
     assert not _global_optimizer_post_hooks
 
 
+def test_a_log_that_raises_ends_the_monitor_and_not_the_training() -> None:
+    def full(event: dict[str, Any]) -> None:
+        if event["event"] == "sample":
+            raise OSError("no space")
+
+    model = _net()
+    said = "stopped at step 3, and training goes on: OSError: no space"
+    with pytest.warns(UserWarning, match=said), bnprobe.Monitor(model, every=3, log=full) as monitor:
+        _train(model, range(8))
+    assert monitor.step == 3
+    assert not model._forward_pre_hooks
+
+
 def test_a_log_is_a_file_of_lines_or_whatever_takes_scalars(tmp_path: Path) -> None:
     class Writer:
         def __init__(self) -> None:
