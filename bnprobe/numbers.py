@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 IN_MODE = {"train": "in training", "eval": "at inference"}
 """The two modes as adverbials."""
@@ -60,3 +62,12 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 def joined(names: Sequence[str]) -> str:
     """All of one or more names in a sentence, e.g. "bn1, bn2 and bn3"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def finite_or_none(value: Any) -> Any:
+    """Plain values as JSON has them: what is not finite is None."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

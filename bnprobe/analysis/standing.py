@@ -11,6 +11,7 @@ from bnprobe.records import (
     DriftReport,
     ExportReport,
     LintReport,
+    MonitorLog,
     Plan,
     Profile,
     RepairRecord,
@@ -21,7 +22,8 @@ from bnprobe.records import (
 
 
 def is_ok(document: Document) -> bool:
-    """Whether the command that returns it exits with 0, with all rules and without ``--check`` and ``--exit-zero``.
+    """Whether the command that returns it exits with 0, with all rules and without ``--check`` and ``--exit-zero``;
+    of a log, whether nothing was found.
 
     Raises:
         TypeError: No command returns such a document.
@@ -44,6 +46,8 @@ def is_ok(document: Document) -> bool:
             return not record.refused
         case DriftReport():
             return record.alarm is None
+        case MonitorLog():
+            return not record.findings
         case Comparison() | Profile():
             return True
     raise TypeError(f"{type(document).__name__} is no document of a command")

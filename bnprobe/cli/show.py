@@ -16,28 +16,37 @@ if TYPE_CHECKING:
 
 
 def show(
-    document: Annotated[Path, typer.Argument(help="A JSON file that a command of bnprobe wrote.", metavar="REPORT")],
+    document: Annotated[
+        Path,
+        typer.Argument(
+            help="A JSON file that a command of bnprobe wrote, or the log of a bnprobe.Monitor.", metavar="REPORT"
+        ),
+    ],
     format_: options.ReportFormat = None,
     output: options.Output = None,
     output_dir: options.OutputDir = None,
     force: options.ForceReport = False,
     show_all: options.ShowAll = False,
 ) -> None:
-    """Show a saved report again, in any format: of a scan, sweep, lint, verify, export or plan, or a repair's record.
+    """Show a saved report again, in any format: of a scan, sweep, lint, verify, export or plan, a repair's record, or a
+    log of training.
 
-    Neither model nor data is needed. Beside a record, out.record.json, the reports of its scans are read too.
+    Neither model nor data is needed. Beside a record, out.record.json, the reports of its scans are read too. A log is
+    the folder or .jsonl file that a bnprobe.Monitor was given.
 
     Exit codes: 0 shown, 2 the file is no report, is incomplete, or was written by a newer version.
     """
     from bnprobe.cli.delivery import Delivery
     from bnprobe.errors import UsageError
-    from bnprobe.records import RepairRecord
+    from bnprobe.monitor.log import is_log, read_log
+    from bnprobe.records import MonitorLog, RepairRecord
     from bnprobe.report.json import read_document
 
-    read = read_document(document)
+    read: Record = read_log(document) if is_log(document) else read_document(document)
     shown = _with_scans(read, document) if isinstance(read, RepairRecord) else read
+    file = Path(read.path) if isinstance(read, MonitorLog) and is_log(document) else document
     delivery = Delivery(
-        document.stem,
+        document.stem.strip(".") or "log",
         type(shown),
         format_,
         output=output,
@@ -46,7 +55,7 @@ def show(
         show_all=show_all,
         typed=_command(read),
     )
-    delivery.check([document])
+    delivery.check([file])
     try:
         delivery.deliver(shown)
     except (ArithmeticError, LookupError, StopIteration, ValueError) as error:  # bnprobe writes no such report

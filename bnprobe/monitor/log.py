@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
@@ -16,8 +17,9 @@ from typing import Any
 
 from bnprobe.errors import OutputError, UsageError, reason_of
 from bnprobe.files import make_folder
+from bnprobe.numbers import finite_or_none
 from bnprobe.paths import is_file, is_folder
-from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorLog, MonitorSample
+from bnprobe.records import LayerSample, ModeLoss, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 
 Sink = Callable[[dict[str, Any]], None]
 """Takes an event: a dictionary of plain values with the keys ``event``, one of ``start``, ``sample``, ``alarm`` and
@@ -65,7 +67,7 @@ def _log_scalars(run: Any, event: dict[str, Any]) -> None:
 
 def event_of(record: MonitorSample | MonitorFinding) -> dict[str, Any]:
     """A record as an event; what is not finite is None."""
-    found: dict[str, Any] = _plain(asdict(record))
+    found: dict[str, Any] = finite_or_none(asdict(record))
     return {"event": "sample" if isinstance(record, MonitorSample) else "finding", **found}
 
 
@@ -82,14 +84,6 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
         found[f"bnprobe/n_eq/{name}"] = layer["equivalent_batch_size"]
         found[f"bnprobe/D/{name}"] = layer["mismatch"]
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Lines:
@@ -118,6 +112,22 @@ _MOST_SAMPLES = 2000
 """Of more, every second one is left out, and so on."""
 
 
+def is_log(path: Path) -> bool:
+    """Whether a path is that of a log, by its name: a folder, or a file that ends in .jsonl."""
+    return path.suffix == ".jsonl" or is_folder(path)
+
+
+def read_log(path: Path) -> MonitorLog:
+    """What a log says so far.
+
+    Raises:
+        UsageError: There is no such log, or it cannot be read.
+    """
+    reader = LogReader(path)
+    reader.update()
+    return reader.log
+
+
 class LogReader:
     """Reads the file of a log, and what is appended to it.
 
@@ -142,9 +152,11 @@ class LogReader:
     def _begin(self) -> None:
         self.log = MonitorLog(str(self._path))
         self._read, self._file = 0, 0
+        self._steps = array("q")  # of all samples
         self._samples: list[MonitorSample] = []
         self._number, self._stride, self._is_spare = 0, 1, False
         self._findings: list[MonitorFinding] = []
+        self._changes: list[MonitorChange] = []
 
     def update(self) -> bool:
         """Read on; whether there was anything new.
@@ -166,7 +178,13 @@ class LogReader:
             raise UsageError(f"{self._path} could not be read: {reason_of(error)}.") from None
         if len(line) == _LONGEST_LINE:
             raise UsageError(f"{self._path} is no log of a monitor: it has a line of more than 50 MB.")
-        self.log = replace(self.log, samples=tuple(self._samples), findings=tuple(self._findings))
+        self.log = replace(
+            self.log,
+            taken=len(self._steps),
+            samples=tuple(self._samples),
+            findings=tuple(self._findings),
+            changes=tuple(self._changes),
+        )
         return self._read > before
 
     def _take(self, line: bytes) -> None:
@@ -182,7 +200,8 @@ class LogReader:
             elif kind == "finding":
                 self._findings.append(_finding(event))
             elif kind == "change":
-                self._change(_text(event["action"]), _names(event["layers"]))
+                change = MonitorChange(_count(event["step"]), _text(event["action"]), _names(event["layers"]))
+                self._changes.append(change)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             if not self.log.version:
                 text = f'{self._path} is no log of a monitor: its first line is none with "event": "start".'
@@ -191,6 +210,7 @@ class LogReader:
 
     def _add(self, sample: MonitorSample) -> None:
         """Keep every ``_stride``th sample, and the last one."""
+        self._steps.append(sample.step)
         if self._is_spare:
             self._samples.pop()
         self._samples.append(sample)
@@ -208,18 +228,13 @@ class LogReader:
             model=_text(event["model"]),
             every=_count(event["every"]),
             step=step,
-            changed={name: action for name, action in self.log.changed.items() if step},
             skipped={_text(name): _text(reason) for name, reason in event["skipped"].items()},
         )
+        self._steps = array("q", (taken for taken in self._steps if taken < step))
         self._samples = [sample for sample in self._samples if sample.step < step]
         self._number, self._is_spare = 0, False
         self._findings = [finding for finding in self._findings if finding.step < step]
-
-    def _change(self, action: str, layers: Sequence[str]) -> None:
-        changed = {name: done for name, done in self.log.changed.items() if name not in layers}
-        if action not in ("recalibrate", "undo"):  # which leave no other layer behind
-            changed |= dict.fromkeys(layers, action)
-        self.log = replace(self.log, changed=changed)
+        self._changes = [change for change in self._changes if change.step < step]
 
 
 def _log_in(path: Path) -> Path:

@@ -63,7 +63,7 @@ from bnprobe.records.layers import (
     Source,
     Updates,
 )
-from bnprobe.records.monitor import LayerSample, ModeLoss, MonitorFinding, MonitorLog, MonitorSample
+from bnprobe.records.monitor import LayerSample, ModeLoss, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 from bnprobe.records.outputs import Chance, ChanceValues, Gap, GradientAngle, Output, PathValues
 from bnprobe.records.repair import (
     Arm,
@@ -157,6 +157,7 @@ __all__ = [
     "MomentumCurve",
     "MomentumPoint",
     "MomentumSweep",
+    "MonitorChange",
     "MonitorFinding",
     "MonitorLog",
     "MonitorSample",

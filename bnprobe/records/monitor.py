@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bnprobe.records.base import Record
+from bnprobe.records.document import Document
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,22 @@ class MonitorFinding(Record):
 
 
 @dataclass(frozen=True)
-class MonitorLog(Record):
+class MonitorChange(Record):
+    """What a monitor did to layers, or took back.
+
+    Attributes:
+        step: Optimizer steps before it.
+        action: "freeze", "renorm", "recalibrate"; or "undo", where the layers are BN again.
+        layers: Their names.
+    """
+
+    step: int
+    action: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class MonitorLog(Document):
     """What the log of a monitor says so far: of a run that was resumed, what was not done again.
 
     Attributes:
@@ -85,10 +108,23 @@ class MonitorLog(Record):
         every: Optimizer steps from sample to sample.
         step: Optimizer steps before the run began, or was resumed.
         skipped: Reasons by the names of norm layers that are not watched.
+        taken: Samples that were taken.
         samples: In order; of very many some are left out, evenly.
         findings: In order.
-        changed: What was done, by the names of the layers that it was done to and that are still so.
+        changes: In order.
         unreadable: Lines that were cut off, or damaged.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        >>> with bnprobe.Monitor(model, every=1, log="run"):
+        ...     for _ in range(3):
+        ...         loss = model(pixels).square().mean()
+        ...         loss.backward()
+        ...         _ = optimizer.step()
+        >>> log = bnprobe.MonitorLog.load("run")
+        >>> [sample.step for sample in log.samples], log.ok
+        ([1, 2], True)
+        >>> log.save("page.html")
     """
 
     path: str
@@ -97,7 +133,19 @@ class MonitorLog(Record):
     every: int = 0
     step: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
+    taken: int = 0
     samples: tuple[MonitorSample, ...] = ()
     findings: tuple[MonitorFinding, ...] = ()
-    changed: Mapping[str, str] = field(default_factory=dict)
+    changes: tuple[MonitorChange, ...] = ()
     unreadable: int = 0
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a log, the folder or file that a monitor was given; or what `save` or ``--format json`` wrote of one.
+
+        Raises:
+            UsageError: There is no such log, or it cannot be read.
+        """
+        log = import_module("bnprobe.monitor.log")  # above the records, as what `Document` calls
+        read: Self = log.read_log(Path(path)) if log.is_log(Path(path)) else super().load(path)
+        return read

@@ -16,6 +16,7 @@ from bnprobe.records import (
     DriftReport,
     ExportReport,
     LintReport,
+    MonitorLog,
     Plan,
     Profile,
     Report,
@@ -40,6 +41,7 @@ from bnprobe.report import (
     screen,
     sweep,
     verify,
+    watch,
 )
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
@@ -60,6 +62,7 @@ DOCUMENTS: Mapping[type, str] = {
     Comparison: "the comparison of scans",
     Profile: "a profile",
     DriftReport: "the report of drift",
+    MonitorLog: "the log of a monitor",
 }
 """What there is to render, and what messages call it."""
 
@@ -123,6 +126,7 @@ FORMATS: Registry[Format] = Registry(
                 Comparison: compare.render,
                 Profile: drift.render_profile,
                 DriftReport: drift.render,
+                MonitorLog: watch.render,
             },
             suffix=".txt",
         ),
@@ -132,6 +136,7 @@ FORMATS: Registry[Format] = Registry(
                 **dict.fromkeys(DOCUMENTS, _json),
                 RepairReport: repair.render_json,
                 ExportReport: export.render_json,
+                MonitorLog: watch.render_json,
             },
         ),
         Format(
@@ -141,6 +146,7 @@ FORMATS: Registry[Format] = Registry(
                 SweepReport: html.render_sweep,
                 RepairReport: html.render_repair,
                 Verification: html.render_verification,
+                MonitorLog: html.render_log,
             },
             package="vl_convert",
             extra="html",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.text import Text
 
-from bnprobe.numbers import count
+from bnprobe.numbers import count, finite_or_none
 from bnprobe.records import Difference, ExportReport
 from bnprobe.report.json import to_text
 from bnprobe.report.page import FINE, FLAGGED, UNMEASURED, Page, RenderOptions, to_string
@@ -29,10 +28,7 @@ def render(report: ExportReport, options: RenderOptions) -> str:
 
 def render_json(report: ExportReport, options: RenderOptions) -> str:
     """The export as JSON; an infinite difference is null."""
-    content = asdict(report)
-    for difference in (*content["differences"], *content["quantization"]):
-        difference |= {name: None for name in ("absolute", "relative") if not math.isfinite(difference[name])}
-    return to_text(content, ascii_only=not options.unicode)
+    return to_text(finite_or_none(asdict(report)), ascii_only=not options.unicode)
 
 
 def _header(report: ExportReport, page: Page) -> list[Text]:

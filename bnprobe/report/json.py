@@ -27,7 +27,10 @@ from bnprobe.records import (
     Difference,
     DriftReport,
     ExportReport,
+    LayerSample,
     LintReport,
+    ModeLoss,
+    MonitorLog,
     Plan,
     Profile,
     Record,
@@ -93,6 +96,7 @@ _KINDS: dict[type[Record], tuple[str, str]] = {
     Comparison: ("a comparison", "bnprobe compare --format json"),
     Profile: ("a profile", "bnprobe profile"),
     DriftReport: ("the report of a check for drift", "bnprobe drift --format json"),
+    MonitorLog: ("the log of a monitor", "bnprobe show LOG --format json"),
     Baseline: ("a baseline", "bnprobe scan --write-baseline"),
 }
 """Documents: what each is, and what writes it. Which one a document is, its keys say."""
@@ -248,10 +252,20 @@ def _is_cut_off(error: json.JSONDecodeError) -> bool:
 
 
 def _restored(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object; of one that is a ``Difference``, what is null was infinite."""
-    if value.keys() == _fields(Difference):
-        return {name: math.inf if figure is None else figure for name, figure in value.items()}
-    return value
+    """A JSON object; of one with the keys of ``_NOT_FINITE``, what is null was not finite."""
+    figures = _NOT_FINITE.get(frozenset(value), {})
+    return value | {name: figure for name, figure in figures.items() if value[name] is None}
+
+
+_NOT_FINITE = {
+    frozenset(_fields(record)): dict.fromkeys(names, figure)
+    for record, names, figure in (
+        (Difference, ("absolute", "relative"), math.inf),
+        (LayerSample, ("mismatch", "r", "d"), math.nan),
+        (ModeLoss, ("train", "eval"), math.nan),
+    )
+}
+"""By the keys of a record: figures that may be infinite, or NaN, and are null in JSON, and what null is read as."""
 
 
 def _finite(number: str) -> float:

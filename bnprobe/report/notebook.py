@@ -25,6 +25,7 @@ from bnprobe.records import (
     DriftReport,
     ExportReport,
     LintReport,
+    MonitorLog,
     Plan,
     Profile,
     RepairRecord,
@@ -45,6 +46,7 @@ from bnprobe.report import (
     screen,
     sweep,
     verify,
+    watch,
 )
 from bnprobe.report.diagnoses import closing, findings_in_words
 from bnprobe.report.page import SEVERITY_SIGNS, as_call
@@ -101,6 +103,8 @@ def _one_line(document: Document) -> str:
             return f"{document.model}, {drift.one_line_of_profile(document)}"
         case DriftReport():
             return f"{document.model}, {drift.one_line(document)}"
+        case MonitorLog():
+            return f"{document.model or document.path}, {watch.one_line(document)}"
         case Plan():
             refused = f", {len(document.refused)} refused" if document.refused else ""
             return f"{count(len(document.changes), 'layer')} to {document.to}{refused}"

@@ -5,7 +5,7 @@ What makes pages (Jinja2, Altair, the script of Vega) is imported only where a p
 
 from __future__ import annotations
 
-from bnprobe.records import Report, SweepReport, Verification
+from bnprobe.records import MonitorLog, Report, SweepReport, Verification
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -40,3 +40,11 @@ def render_verification(found: Verification, options: RenderOptions) -> str:
     from bnprobe.report.html.verify import verify_page
 
     return write(lambda: verify_page(found, options))
+
+
+def render_log(log: MonitorLog, options: RenderOptions) -> str:
+    """The log of a monitor."""
+    from bnprobe.report.html.log import log_page
+    from bnprobe.report.html.page import write
+
+    return write(lambda: log_page(log))

@@ -1,4 +1,4 @@
-"""Charts of D against batch size, of scores, of training and of rates.
+"""Charts of D against batch size, of scores and of rates.
 
 A chart is Vega-Lite, made with Altair by a function from plain figures, in colours that the page's style sheet names.
 Names are values in the data, never a part of a specification. A chart has the width of its place.
@@ -26,16 +26,8 @@ from bnprobe.report.html.vega import (
     log_scale,
     rounded,
     told,
-    y_axis,
 )
 from bnprobe.report.page import UNMEASURED
-
-_WIDE = 8.0
-"""Values that differ by more than this factor have a logarithmic axis."""
-
-_MOST_DOTS = 25
-"""Points of a line that are drawn as dots."""
-
 
 # --- D against batch size ---------------------------------------------------------------------------------------------
 
@@ -259,57 +251,7 @@ def estimates(bars: Sequence[Bar]) -> dict[str, Any]:
     )
 
 
-# --- Lines ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart.
-
-    Attributes:
-        name: What it is of; lines of one name have one colour.
-        points: (x, y), or (x, y, half the interval); y None: a gap.
-        look: A colour of ``LINES``.
-        run: Tells lines of one name apart.
-    """
-
-    name: str
-    points: tuple[tuple[float, float | None], ...]
-    look: str
-    run: str = ""
-
-
-@drawing
-def lines(found: Iterable[Line], x_title: str, y_title: str, logarithmic: bool = False) -> dict[str, Any]:
-    """Lines over steps."""
-    alt = altair()
-    found = list(found)
-    rows: list[dict[str, Any]] = [
-        {"name": line.name, "run": line.run, "x": at, "y": rounded(y), "text": figures.score(y), "at": f"{at:,.0f}"}
-        for line in found
-        for at, y in line.points
-        if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)
-    ]
-    by_name = hue("name", {line.name: line.look for line in found})
-    x = alt.X("x:Q", axis=alt.Axis(title=x_title, format=",d", grid=False, tickCount=6))
-    scale = alt.Scale(zero=False, nice=False, padding=6)
-    axis = y_axis(y_title, format="~g")
-    values = [row["y"] for row in rows]
-    if logarithmic and values and max(values) > _WIDE * min(values):
-        scale, axis = log_scale(values, y_title)
-    y = alt.Y("y:Q", scale=scale, axis=axis)
-    chart = drawn_from("rows")
-    # Many points would hide the lines; a pointer finds them all the same.
-    dots = 0.9 if max((len(line.points) for line in found), default=0) <= _MOST_DOTS else 0.0
-    tooltip = told(("name", ""), ("run", "seed"), ("at", x_title), ("text", y_title))
-    return finished(
-        alt.layer(
-            chart.mark_line(strokeWidth=1.5, opacity=0.75).encode(x=x, y=y, color=by_name, detail="run:N"),
-            chart.mark_point(filled=True, size=45, opacity=dots).encode(x=x, y=y, color=by_name, tooltip=tooltip),
-        ),
-        height=240,
-        rows=rows,
-    )
+# --- Rates ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from bnprobe.report.html.vega import (
     hue,
     log_scale,
     rounded,
+    sparse_labels,
     told,
     y_axis,
 )
 from bnprobe.report.layers import sign_of, worse_path
-from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED, Page
+from bnprobe.report.page import FINE, FLAGGED, INFO, UNDECIDED, UNMEASURED, WARNING, Page
 from bnprobe.rules.shares import flagging_limit
 from bnprobe.stats.theory import D_MAX, R_MAX
 
@@ -32,6 +33,9 @@ LAYERS = "layers"
 """The data that these charts share."""
 
 COLOURS = {FLAGGED: "flagged", UNDECIDED: "undecided", FINE: "fine", UNMEASURED: "unmeasured"}
+_FIRST = (FLAGGED, WARNING, UNDECIDED, INFO, FINE, UNMEASURED)
+"""The signs of layers, in the order in which these get a label."""
+
 SOURCE_COLOURS = {source.field: source.field.replace("_", "-") for source in SOURCES}
 
 _QUANTILES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
@@ -61,16 +65,23 @@ def network_data(layers: Sequence[Layer]) -> tuple[list[str], list[list[Any]]]:
     return ["i", "label", "name", "standing", *paths, *stack, "limit", "cut", *spread, *texts], rows
 
 
-def axis_labels(names: Sequence[str], signs: Sequence[str]) -> list[str]:
-    """Names short enough to stand below an axis, all different; with the sign of those that are not fine.
+def axis_labels(
+    names: Sequence[str], signs: Sequence[str], longest: int = _LABEL, most: int = _MOST_LABELS
+) -> list[str]:
+    """Names short enough to stand beside an axis, all different; with the sign of those that are not fine.
 
     Where there are more than have room, the layers that are not fine come first, and the others have a number after
     a blank, which the axis does not show.
+
+    Args:
+        names, signs: From one end of the axis to the other.
+        longest: Characters of a name.
+        most: Names that have room.
     """
-    short = Page(80, unicode=True).shorten(names, _LABEL)
-    apart = math.ceil(len(names) / _MOST_LABELS)
+    short = Page(80, unicode=True).shorten(names, longest)
+    apart = math.ceil(len(names) / most)
     shown: list[int] = []
-    for place in sorted(range(len(names)), key=lambda place: list(COLOURS).index(signs[place])):
+    for place in sorted(range(len(names)), key=lambda place: _FIRST.index(signs[place])):
         if all(abs(place - other) >= apart for other in shown):
             shown.append(place)
     labels = [name if sign == FINE else f"{sign} {name}" for sign, name in zip(signs, short, strict=True)]
@@ -138,17 +149,7 @@ def quantile_spans(values: Distribution) -> list[str]:
 
 def _depth_axis(labelled: bool) -> Any:
     alt = altair()
-    axis = alt.Axis(
-        title=None,
-        labels=labelled,
-        ticks=False,
-        labelAngle=-90,
-        labelLimit=0,
-        labelOverlap=False,
-        labelOpacity={"condition": {"test": {"field": "value", "lt": "!"}, "value": 0}, "value": 1},  # those of numbers
-        labelPadding=4,
-        domain=True,
-    )
+    axis = alt.Axis(title=None, labels=labelled, labelAngle=-90, labelPadding=4, **sparse_labels())
     return alt.X("label:N", sort=None, axis=axis, scale=alt.Scale(paddingInner=0.18, paddingOuter=0.3))
 
 

@@ -8,7 +8,7 @@ from bnprobe.numbers import count
 from bnprobe.records import MEASURES, Arm, Measure, Proof, RepairRecord, Run
 from bnprobe.report import figures
 from bnprobe.report import repair as words
-from bnprobe.report.html import charts
+from bnprobe.report.html import charts, step_charts
 from bnprobe.report.html.page import (
     Block,
     Card,
@@ -154,7 +154,7 @@ def _training(proof: Proof) -> Iterator[Block]:
         if lines:
             logarithmic = unit == "loss"
             says = f"{heading}, against the step, for {count(len(trained), 'model')}."
-            drawn.append(Chart(charts.lines(lines, "step", unit, logarithmic), says, heading))
+            drawn.append(Chart(step_charts.lines(lines, "step", unit, logarithmic), says, heading))
     yield Figure(
         "curves",
         "Training curves, a line for each seed",
@@ -175,7 +175,7 @@ def _trained_apart(arms: Sequence[Arm]) -> list[Arm]:
     return found
 
 
-def _lines(arm: Arm, run: Run, kind: str, looks: dict[str, str]) -> Iterator[charts.Line]:
+def _lines(arm: Arm, run: Run, kind: str, looks: dict[str, str]) -> Iterator[step_charts.Line]:
     curve = run.curve
     if curve is None or arm.name not in looks:
         return
@@ -186,7 +186,7 @@ def _lines(arm: Arm, run: Run, kind: str, looks: dict[str, str]) -> Iterator[cha
     }[kind]
     points = tuple(zip(steps, values, strict=True))
     if any(value is not None for _, value in points):
-        yield charts.Line(arm.name, points, looks[arm.name], str(run.seed))
+        yield step_charts.Line(arm.name, points, looks[arm.name], str(run.seed))
 
 
 def _run_table(trained: Sequence[Arm]) -> Table:

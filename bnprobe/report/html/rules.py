@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bnprobe.numbers import count
 from bnprobe.records import Verdict
@@ -63,6 +63,13 @@ def _failures(found: Sequence[Verdict]) -> tuple[Block, ...]:
         for verdict in found
         if verdict.outcome == "failed"
     )
+
+
+def manual_folds(found: Iterable[tuple[str, str]]) -> Iterator[Block]:
+    """The manuals of some rules, each with its sign; of a rule that is not installed here there is none."""
+    for code, sign in found:
+        if (rule := rule_of(code)) is not None:
+            yield Fold(f"{code}: {rule.title}", tuple(_manual(code)), sign, f"rule-{code}")
 
 
 def _manual(code: str) -> Iterator[Block]:

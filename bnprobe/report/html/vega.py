@@ -98,7 +98,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def y_axis(title: str | None, **axis: Any) -> Any:
-    return altair().Axis(title=title, minExtent=_AXIS, maxExtent=_AXIS, tickCount=5, titlePadding=6, **axis)
+    return altair().Axis(title=title, minExtent=_AXIS, maxExtent=_AXIS, titlePadding=6, **{"tickCount": 5, **axis})
 
 
 def drawn_from(name: str) -> Any:
@@ -110,7 +110,7 @@ def told(*fields: tuple[str, str]) -> list[Any]:
     return [altair().Tooltip(f"{name}:N", title=title) for name, title in fields]
 
 
-def log_scale(values: Sequence[float], title: str) -> tuple[Any, Any]:
+def log_scale(values: Sequence[float], title: str, form: str = "~g") -> tuple[Any, Any]:
     """A logarithmic axis with a little room around the values, and labels at 1, 2 and 5, or at powers of ten."""
     low, high = min(values) / 1.4, max(values) * 1.4
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -119,7 +119,13 @@ def log_scale(values: Sequence[float], title: str) -> tuple[Any, Any]:
     if len(ticks) > _MOST_TICKS:
         ticks = [float(f"1e{decade}") for decade in decades if low <= float(f"1e{decade}") <= high]
     scale = altair().Scale(type="log", domain=[rounded(low), rounded(high)], nice=False, clamp=True)
-    return scale, y_axis(title, values=ticks, format="~g")
+    return scale, y_axis(title, values=ticks, format=form, tickCount=len(ticks))
+
+
+def sparse_labels() -> dict[str, Any]:
+    """What an axis of names is given so that of the labels of ``axis_labels`` those that are numbers are not shown."""
+    shown = {"condition": {"test": {"field": "value", "lt": "!"}, "value": 0}, "value": 1}
+    return {"labelLimit": 0, "labelOverlap": False, "labelOpacity": shown, "ticks": False, "domain": True}
 
 
 def floored(mismatch: float | None) -> float | None:
