@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import fabricated_logs as logs
 import pytest
 from fabricated_documents import document
 from fabricated_reports import batch_sizes, flagged, healthy, many
@@ -26,6 +28,9 @@ DOCUMENTS: dict[str, Any] = {
     "repair": lambda: document("repair", "better"),
     "record": lambda: RepairReport(with_curves(repairs.RECORDS["better"]())),
     "verify": lambda: document("verify", "failed"),
+    "log": lambda: document("log", "found"),
+    "log of many layers": lambda: replace(logs.BEGUN, taken=40, samples=logs.course(100, 40), findings=(logs.LAG,)),
+    "odd log": lambda: document("log", "odd"),
 }
 
 
@@ -140,6 +145,31 @@ def test_a_pointer_shows_the_figures_of_a_layer_and_a_click_leads_to_its_row(sho
     assert report.layers[4].name in row.inner_text()
     opened.page.keyboard.press("Escape")
     assert told.is_hidden()
+
+
+def test_a_pointer_shows_what_happened_at_a_step_of_a_run_and_what_a_layer_was_like(show: Open) -> None:
+    opened = show(logs.found())
+    told = opened.page.locator("#tip")
+    mark = opened.page.locator("#modes-1 svg .mark-rule.role-mark").last.locator("line").nth(1)
+    mark.hover(force=True)
+    assert " ".join(told.inner_text().split()) == "Stale running statistics (BN203) step 1,316 layers layer7.bn"
+    pieces = opened.page.locator("#map-1 svg .mark-rect.role-mark path")
+    assert pieces.count() == 8  # of seven layers; the last one changed once
+    pieces.last.hover(position={"x": 12, "y": 5})  # left of the marks
+    assert " ".join(told.inner_text().split()) == "layer7.bn n_eq 4.0 steps 1,300 to 2,400"
+
+
+def test_labels_of_what_happened_are_above_the_chart_and_within_it(show: Open) -> None:
+    page = show(logs.found(), NARROW).page
+    for chart in ("modes-1", "curves-1", "map-1"):
+        svg = page.locator(f"#{chart} svg").bounding_box()
+        labels = page.locator(f"#{chart} svg .mark-text.role-mark text", has_text="BN203")
+        assert labels.count() == 3
+        plot = page.locator(f"#{chart} svg .mark-rule.role-mark line").last.bounding_box()
+        for index in range(3):
+            box = labels.nth(index).bounding_box()
+            assert svg["y"] <= box["y"] < box["y"] + box["height"] <= plot["y"] + 4
+            assert svg["x"] <= box["x"] < box["x"] + box["width"] <= svg["x"] + svg["width"]
 
 
 def test_a_link_opens_what_is_folded(show: Open) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from bnprobe.report import formats_of
 from functional.command import CLEAN, ERROR, FINDINGS, SHIFTED, Workspace
+from functional.test_watch import FINDING, START, lines, sample
+from support import pages
 
 
 @pytest.fixture
@@ -147,6 +149,97 @@ def test_figures_that_contradict_each_other(scanned: Workspace) -> None:
     record["proof"]["repaired"] = "another"
     scanned.write("w.record.json", json.dumps(record))
     assert scanned.run("show", "w.record.json").error().startswith("w.record.json fits its schema, but its figures")
+
+
+# --- Logs of training -------------------------------------------------------------------------------------------------
+
+CHANGE = {"event": "change", "step": 216, "action": "renorm", "layers": ["bn2"]}
+EVENTS = [START, sample(100), sample(200), FINDING, CHANGE]
+
+
+@pytest.fixture
+def logged(workspace: Workspace) -> Workspace:
+    """A folder with the log of a run in run/."""
+    workspace.write("run/monitor.jsonl", lines(*EVENTS))
+    return workspace
+
+
+def test_a_log_is_shown_as_it_is_watched_in_a_pipe(logged: Workspace) -> None:
+    watched = logged.run("watch", "run")
+    assert "BN201" in watched.stdout
+    for path in ("run", "run/monitor.jsonl"):
+        assert logged.run("show", path) == watched
+        assert logged.run("show", path, "--all") == logged.run("watch", path, "--all")
+
+
+def test_the_page_of_a_log_is_written(logged: Workspace) -> None:
+    found = logged.run("show", "run", "--format", "html", "--output", "page.html")
+    assert (found.code, found.stdout) == (CLEAN, logged.run("watch", "run").stdout)
+    page = pages.Page((logged.folder / "page.html").read_text(encoding="ascii"))
+    assert pages.said(page.all("h1")[0]) == "✗ Batches too small (BN201), at step 216, in bn1."
+    assert {"modes-1", "modes-2", "curves-1"} == set(page.charts)
+    logged.run("show", "run/monitor.jsonl", "--format", "html", "--output", "page.html", "--force")
+    again = pages.Page((logged.folder / "page.html").read_text(encoding="ascii"))
+    assert again.text == page.text
+
+
+def test_files_are_named_after_the_folder_of_a_log(logged: Workspace) -> None:
+    for path, name in (("run", "run"), ("run/monitor.jsonl", "monitor")):
+        found = logged.run("show", path, "--format", "json", "--format", "terminal", "--output-dir", f"out-{name}")
+        assert (found.code, found.stderr) == (
+            CLEAN,
+            f"Report written to out-{name}/{name}.json, out-{name}/{name}.txt.\n",
+        )
+
+
+def test_a_log_is_not_replaced(logged: Workspace) -> None:
+    before = (logged.folder / "run/monitor.jsonl").read_bytes()
+    for path in ("run", "run/monitor.jsonl"):
+        said = logged.run("show", path, "--format", "json", "--output", "run/monitor.jsonl", "--force").error()
+        assert said == "--output run/monitor.jsonl is a file that this command reads; give another name."
+    assert (logged.folder / "run/monitor.jsonl").read_bytes() == before
+
+
+def test_a_log_as_json_is_shown_again(logged: Workspace) -> None:
+    logged.write("run/monitor.jsonl", lines(*EVENTS, sample(300, output=None, loss={"train": 1.0, "eval": None})))
+    assert logged.run("show", "run", "--format", "json", "--output", "log.json").code == CLEAN
+    for format_ in ("json", "terminal", "html"):
+        again = logged.run("show", "log.json", "--format", format_)
+        assert again == logged.run("show", "run", "--format", format_)
+        assert again.code == CLEAN
+
+
+def test_a_format_that_has_no_logs_says_which_have(logged: Workspace) -> None:
+    assert logged.run("show", "run", "--format", "markdown").error() == (
+        "--format markdown does not support the log of a monitor; these formats do: terminal, json, html."
+    )
+
+
+def test_what_is_no_log_is_said_as_watch_says_it(workspace: Workspace) -> None:
+    workspace.write("gan/generator/monitor.jsonl", lines(START))
+    workspace.write("gan/discriminator/monitor.jsonl", lines(START))
+    workspace.write("other.jsonl", lines(sample(100)))
+    (workspace.folder / "empty").mkdir()
+    assert workspace.run("show", "gan").error() == (
+        "The folder gan has no monitor.jsonl. Did you mean gan/discriminator?"
+    )
+    for path in ("gan", "empty", "other.jsonl", "none.jsonl"):
+        assert workspace.run("show", path).error() == workspace.run("watch", path).error()
+    assert workspace.run("show", "none").error().startswith("The report none does not exist.")
+
+
+def test_a_log_with_any_other_value_has_a_page(logged: Workspace) -> None:
+    places, chance = list(_places(EVENTS)), random.Random(0)
+    for _ in range(40):
+        events = json.loads(json.dumps(EVENTS))
+        *way, last = chance.choice([place for place in places if len(place) > 1])
+        node: Any = events
+        for key in way:
+            node = node[key]
+        node[last] = chance.choice(VALUES)
+        logged.write("run/monitor.jsonl", "".join(f"{json.dumps(event)}\n" for event in events))
+        found = logged.run("show", "run", "--format", "html", "--output", "page.html", "--force")
+        assert found.code == CLEAN if way[0] else found.code in (CLEAN, ERROR), (way, last)
 
 
 def _places(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -116,7 +116,7 @@ def _tiles(log: MonitorLog) -> Iterator[tuple[str, str, str]]:
 
 def _findings(findings: Sequence[MonitorFinding]) -> Iterator[Block]:
     for found in words.by_rule(findings):
-        last, title = found[-1], _title(found[-1])
+        last = found[-1]
         first = f"step {found[0].step:,} (alarm at step {found[0].alarm:,})"
         when = f"at {first}."
         if len(found) > 1:
@@ -124,7 +124,7 @@ def _findings(findings: Sequence[MonitorFinding]) -> Iterator[Block]:
         paragraphs = (("", last.message), (REMEDY, last.remedy), ("Found:", when))
         yield Card(
             words.sign_of(last),
-            f"{title[:1].upper()}{title[1:]} ({last.rule})",
+            _title(last),
             figures.listed_in_line(last.layers, show_all=False),
             tuple((word, text) for word, text in paragraphs if text),
             None if rule_of(last.rule) is None else (f"What {last.rule} checks, and why", f"rule-{last.rule}"),
@@ -132,7 +132,8 @@ def _findings(findings: Sequence[MonitorFinding]) -> Iterator[Block]:
 
 
 def _title(finding: MonitorFinding) -> str:
-    return title_of(finding.rule, finding.cause)
+    title = title_of(finding.rule, finding.cause)
+    return f"{title[:1].upper()}{title[1:]} ({finding.rule})"
 
 
 def _rules(findings: Sequence[MonitorFinding]) -> Iterator[Block]:
@@ -182,11 +183,21 @@ class _Part:
         return (self.first + self.last) / 2
 
     def n_eq(self, name: str) -> float | None:
-        """Of a layer, at most ``_LARGEST``; None: it is not in these samples, NaN: never finite."""
-        mismatch = self.mismatches.get(name)
-        if mismatch is None or not math.isfinite(mismatch):
-            return mismatch
-        return min(equivalent_batch_size(mismatch) or _LARGEST, _LARGEST)
+        """Of a layer; None: it is not in these samples, NaN: never finite."""
+        return _n_eq(self.mismatches.get(name))
+
+    @property
+    def middle_n_eq(self) -> float | None:
+        """The median of the layers."""
+        known = [mismatch for mismatch in self.mismatches.values() if math.isfinite(mismatch)]
+        return _n_eq(median(known) if known else None)
+
+
+def _n_eq(mismatch: float | None) -> float | None:
+    """At most ``_LARGEST``."""
+    if mismatch is None or not math.isfinite(mismatch):
+        return mismatch
+    return min(equivalent_batch_size(mismatch) or _LARGEST, _LARGEST)
 
 
 def _part(samples: Sequence[MonitorSample]) -> _Part:
@@ -282,7 +293,7 @@ def _marks(log: MonitorLog, first: int, last: int) -> Iterator[step_charts.Mark]
         times = f", {count(len(findings), 'time')}" if len(findings) > 1 else ""
         where = listed(findings[0].layers, 3)
         look = _LOOKS.get(words.sign_of(findings[0]), "unmeasured")
-        mark = step_charts.Mark(findings[0].step, rule, f"{_title(findings[0])} ({rule}){times}", where, look)
+        mark = step_charts.Mark(findings[0].step, rule, f"{_title(findings[0])}{times}", where, look)
         marks.append((0 if rule not in seen else 2, mark))
         seen.add(rule)
     changes = {(each.action, int(each.step / column)): each for each in reversed(log.changes)}
@@ -363,8 +374,8 @@ def _table(run: _Run) -> Table:
     return Table("Loss in both modes, and how far their outputs are apart", columns, rows)
 
 
-def _known(value: float | None, write: object) -> str:
-    return UNMEASURED if value is None else words.or_unmeasured(value, write)  # type: ignore[arg-type]
+def _known(value: float | None, write: Callable[[float], str]) -> str:
+    return UNMEASURED if value is None else words.or_unmeasured(value, write)
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------
@@ -384,10 +395,10 @@ def _course(run: _Run, log: MonitorLog) -> Iterator[Block]:
     several = len(run.names) > len(worst)
     if several:
         middle = f"median of {count(len(run.names), 'layer')}"
-        lines.append(step_charts.Line(middle, tuple((part.middle, _middle(part)) for part in run.parts), "before"))
+        lines.append(step_charts.Line(middle, tuple((part.middle, part.middle_n_eq) for part in run.parts), "before"))
         keys.append(("before", middle))
     says = f"n_eq of {count(len(worst), 'layer')} over the run."
-    spec = step_charts.lines(lines, "step", "n_eq", True, course=run.course, limits=_LIMITS, text=_n_eq)
+    spec = step_charts.lines(lines, "step", "n_eq", True, course=run.course, limits=_LIMITS, text=_in_words)
     noise, limit = (figures.plain(value) for value in (NOISE_THRESHOLD, DEFAULT_THRESHOLD))
     yield Figure(
         "curves",
@@ -407,19 +418,14 @@ def _course(run: _Run, log: MonitorLog) -> Iterator[Block]:
         yield _map(run)
 
 
-def _n_eq(value: float) -> str:
-    return figures.equivalent_batch_size(None if value >= _LARGEST else value)
-
-
-def _middle(part: _Part) -> float | None:
-    known = [value for name in part.mismatches if (value := part.n_eq(name)) is not None and math.isfinite(value)]
-    return median(known) if known else None
+def _in_words(n_eq: float) -> str:
+    return figures.equivalent_batch_size(None if n_eq >= _LARGEST else n_eq)
 
 
 def _curve_table(run: _Run, lines: Sequence[step_charts.Line]) -> Table:
     columns = (Column("Step"), *(Column(line.name) for line in lines))
     rows = tuple(
-        Row((Cell(part.steps), *(Cell(_known(line.points[place][1], _n_eq)) for line in lines)))
+        Row((Cell(part.steps), *(Cell(_known(line.points[place][1], _in_words)) for line in lines)))
         for place, part in enumerate(run.parts)
     )
     return Table("n_eq over the run", columns, rows)
@@ -453,15 +459,15 @@ def _map(run: _Run) -> Figure:
 
 def _stretches(place: int, name: str, parts: Sequence[_Part], edges: Sequence[float]) -> Iterator[step_charts.Stretch]:
     """The parts of a layer, those of one kind in a row together."""
-    begin = 0
-    looks = [_look(part.n_eq(name)) for part in parts]
+    begin, values = 0, [part.n_eq(name) for part in parts]
+    looks = [_look(value) for value in values]
     for end in range(1, len(parts) + 1):
         if end < len(parts) and looks[end] == looks[begin]:
             continue
         if looks[begin]:
-            values = [value for part in parts[begin:end] if (value := part.n_eq(name)) is not None]
-            steps = {f"{parts[begin].first:,}": None, f"{parts[end - 1].last:,}": None}
-            yield step_charts.Stretch(place, edges[begin], edges[end], " to ".join(steps), _range(values), looks[begin])
+            steps = dict.fromkeys((f"{parts[begin].first:,}", f"{parts[end - 1].last:,}"))
+            n_eq = _range([value for value in values[begin:end] if value is not None])
+            yield step_charts.Stretch(place, edges[begin], edges[end], " to ".join(steps), n_eq, looks[begin])
         begin = end
 
 
@@ -474,7 +480,7 @@ def _look(n_eq: float | None) -> str:
 def _range(values: Sequence[float]) -> str:
     if not math.isfinite(values[0]):
         return _NOT_FINITE[1]
-    return " to ".join(dict.fromkeys((_n_eq(min(values)), _n_eq(max(values)))))
+    return " to ".join(dict.fromkeys((_in_words(min(values)), _in_words(max(values)))))
 
 
 def _layers(log: MonitorLog) -> Iterator[Block]:

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import bnprobe
-from bnprobe.monitor.log import LogReader
+from bnprobe.monitor.log import FILE, LogReader
+from bnprobe.records import MonitorChange
 from unit.monitor.test_monitor import _net, _train
 
 LAYERS = {"bn": {"mismatch": 0.2, "equivalent_batch_size": 7.8, "r": 0.9, "d": 0.1}}
@@ -40,10 +41,32 @@ def test_of_very_many_samples_some_are_left_out_evenly_and_the_last_stays(tmp_pa
     reader.update()
     steps = [sample.step for sample in reader.log.samples]
     assert 1000 <= len(steps) <= 2000
+    assert reader.log.taken == 4500
     assert steps[-1] == 4499
     assert max(later - earlier for earlier, later in pairwise(steps)) == 4
     with path.open("a") as file:
         file.write(json.dumps(START) + "\n" + json.dumps({**sample, "step": 1}) + "\n")
     reader.update()
     assert [sample.step for sample in reader.log.samples] == [1]
-    assert reader.log.unreadable == 0
+    assert (reader.log.taken, reader.log.unreadable) == (1, 0)
+
+
+def test_what_a_resumed_run_does_again_is_left_out(tmp_path: Path) -> None:
+    sample = {"event": "sample", "samples": 2, "output": None, "loss": None, "layers": LAYERS}
+    change = {"event": "change", "action": "renorm", "layers": ["bn"]}
+    events = [START, {**sample, "step": 100}, {**change, "step": 116}, {**sample, "step": 200}, {**change, "step": 216}]
+    events += [{**START, "step": 200}, {**sample, "step": 200}]
+    (tmp_path / FILE).write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    log = bnprobe.MonitorLog.load(tmp_path)
+    assert [each.step for each in log.samples] == [100, 200]
+    assert (log.taken, log.changes) == (2, (MonitorChange(116, "renorm", ("bn",)),))
+
+
+def test_a_log_and_what_was_saved_of_it_are_loaded(tmp_path: Path) -> None:
+    model = _net()
+    with bnprobe.Monitor(model, every=5, log=tmp_path / "run", on_finding=lambda *_: None):
+        _train(model, range(12))
+    log = bnprobe.MonitorLog.load(str(tmp_path / "run"))
+    assert bnprobe.MonitorLog.load(tmp_path / "run" / FILE) == log
+    log.save(tmp_path / "log.json")
+    assert bnprobe.MonitorLog.load(tmp_path / "log.json") == log

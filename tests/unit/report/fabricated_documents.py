@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import fabricated_reports as fabricated
+from fabricated_logs import LOGS
 from fabricated_parts import SCAN, equivalent, theory
 from fabricated_scans import files, scans
 
@@ -266,6 +267,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "export": {"agrees": exported, "refused": export_refused, "unchecked": export_unchecked},
     "profile": {"few": profiled},
     "drift": {"alarm": drifted, "none": undrifted},
+    "log": {**LOGS},
 }
 """Documents by kind and name."""
 

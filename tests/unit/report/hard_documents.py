@@ -63,6 +63,8 @@ def hostile(value: Any, text: Callable[[str], str]) -> Any:
             each.name: hostile(getattr(value, each.name), text) for each in fields(value) if each.name not in kept
         }
         return replace(value, **changes)
+    if isinstance(value, dict) and not all(isinstance(each, float) for each in value.values()):
+        return {hostile(key, text): hostile(each, text) for key, each in value.items()}
     if isinstance(value, tuple):
         return tuple(hostile(each, text) for each in value)
     return text(value) if isinstance(value, str) else value

@@ -24,11 +24,11 @@ from pydantic import TypeAdapter
 from bnprobe.errors import UsageError
 from bnprobe.numbers import mismatch
 from bnprobe.records import SOURCES, Gap, Layer, Record, RepairRecord, Report, SweepReport, Verification
-from bnprobe.report import FORMATS, RenderOptions, diagnoses, further, render, sweep, verify
+from bnprobe.report import FORMATS, RenderOptions, diagnoses, further, render, sweep, verify, watch
 from bnprobe.report import repair as repairs_in_words
 from bnprobe.report.html import network_charts
 from bnprobe.report.html.vega import log_scale
-from bnprobe.report.json import dump, load_report
+from bnprobe.report.json import dump, load_document, load_report
 from bnprobe.report.page import FINE, FLAGGED, clean
 from bnprobe.report.repair import RepairReport
 from bnprobe.rules import RULES
@@ -37,7 +37,7 @@ from bnprobe.stats.theory import mismatch_iid
 from support import repairs
 from support.pages import Page, between, digest, page_of, said
 
-KINDS = ("scan", "sweep", "repair", "verify")
+KINDS = ("scan", "sweep", "repair", "verify", "log")
 PAGES = [case for case in CASES if case[0] in KINDS]
 COMMAND = "bnprobe scan model.py --batch-size 2 --format html"
 
@@ -110,7 +110,10 @@ def test_every_sign_is_a_word_for_those_who_do_not_see_it(page: Page) -> None:
 
 @pytest.mark.parametrize(
     "shown",
-    [("scan", "batch_sizes"), ("scan", "data_shift"), ("sweep", "momentum"), ("repair", "better"), ("verify", "large")],
+    [
+        *(("scan", "batch_sizes"), ("scan", "data_shift"), ("sweep", "momentum"), ("repair", "better")),
+        *(("verify", "large"), ("log", "found"), ("log", "odd")),
+    ],
     ids="-".join,
 )
 def test_charts_are_valid_vega_lite(shown: tuple[str, str]) -> None:
@@ -195,6 +198,8 @@ def test_records_that_were_read_back_give_the_same_page(case: tuple[str, str], p
     elif kind == "repair":
         record = TypeAdapter(RepairRecord).validate_json(dump(found.record), strict=True)
         read = replace(found, record=record)
+    elif kind == "log":
+        read = load_document(render(found, "json"))
     else:
         text = json.dumps(asdict(found))
         read = TypeAdapter(RECORDS[kind]).validate_json(text, strict=True)
@@ -213,6 +218,8 @@ def test_the_verdict_is_that_of_the_terminal(case: tuple[str, str], page: Page) 
         assert step is None or (step.command or step.why) in page.words
     elif case[0] == "repair":
         _, expected = repairs_in_words.verdict(found.record)
+    elif case[0] == "log":
+        expected = watch.one_line(found)
     else:
         expected = verify.closing(found)[1] if case[0] == "verify" else sweep.one_line(found)
     assert " ".join(expected.split()) in said(page.all("header")[0])
@@ -425,7 +432,10 @@ def test_the_page_of_a_verification_has_every_layer_before_and_after() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [("scan", "training"), ("scan", "batch_sizes"), ("sweep", "momentum"), ("repair", "better"), ("verify", "failed")],
+    [
+        *(("scan", "training"), ("scan", "batch_sizes"), ("sweep", "momentum"), ("repair", "better")),
+        *(("verify", "failed"), ("log", "found")),
+    ],
     ids="-".join,
 )
 @pytest.mark.parametrize("first", [0, 5, 10])
@@ -445,7 +455,8 @@ def test_names_words_and_paths_show_as_text(kind: tuple[str, str], first: int) -
     test_it_is_ascii_of_readable_size(page)
     shown = page.words + json.dumps(page.data, ensure_ascii=False)
     assert not [char for char in shown if not char.isprintable() and char not in "\n "]
-    names = [layer.name for layer in getattr(document(*kind), "layers", ())]
+    found: Any = document(*kind)
+    names = list(found.samples[-1].layers) if kind[0] == "log" else [each.name for each in getattr(found, "layers", ())]
     for name in names:
         assert " ".join(clean(changes[name], unicode=True).split()) in page.words
 
@@ -513,7 +524,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 
 def test_the_row_names_the_documents_it_supports() -> None:
     assert {kind.__name__ for kind in FORMATS["html"].renderers} == {
-        *("Report", "SweepReport", "RepairReport", "Verification")
+        *("Report", "SweepReport", "RepairReport", "Verification", "MonitorLog")
     }
 
 

@@ -28,6 +28,8 @@ TEXT = ("ink", "soft", "accent", "flagged", "undecided", "fine", "unmeasured", "
 GROUNDS = ("paper", "raised", "flagged-paper", "undecided-paper", "fine-paper")
 MARKS = (*SOURCE_COLOURS.values(), *(f"line-{number}" for number in range(1, 7)), "before", "after")
 
+HEAT = tuple(f"heat-{number}" for number in range(6))
+
 # Machado, Oliveira and Fernandes 2009, severity 1.
 VISIONS = {
     "all colours": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
@@ -91,7 +93,16 @@ def test_sources_of_mismatch_are_told_apart(scheme: str, vision: str) -> None:
         assert math.dist(*pair) > 15, (one.field, other.field)
 
 
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kinds_of_n_eq_are_told_apart(scheme: str, vision: str) -> None:
+    colours = SCHEMES["light"] | SCHEMES[scheme]
+    for one, other in itertools.combinations((*HEAT, "paper"), 2):
+        least = 15 if {one, other} != {HEAT[-1], "paper"} else 5  # what was not measured may be like what is best
+        assert math.dist(seen(colours[one], vision), seen(colours[other], vision)) > least, (one, other)
+
+
 def test_every_colour_of_a_chart_is_one_of_the_style_sheet() -> None:
     assert {*MARKS, "good", "bad", "flagged", "undecided", "fine", "unmeasured"} <= SCHEMES["light"].keys()
-    for name in MARKS:
+    for name in (*MARKS, *HEAT, "ink"):
         assert f".key .{name} {{" in CSS

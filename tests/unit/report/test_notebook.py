@@ -15,7 +15,7 @@ import pytest
 from fabricated_documents import CASES, document
 
 from bnprobe.errors import UsageError
-from bnprobe.records import Document, LintReport, Report, SweepReport, Verification
+from bnprobe.records import Document, LintReport, MonitorLog, Report, SweepReport, Verification
 from bnprobe.report import RenderOptions, render
 from bnprobe.report.page import as_call
 from bnprobe.report.repair import RepairReport
@@ -155,6 +155,8 @@ def test_a_report_in_python_speaks_of_python() -> None:
         ("verify", "failed", False),
         ("export", "agrees", True),
         ("export", "refused", False),
+        ("log", "healthy", True),
+        ("log", "found", False),
         ("plan", "convert", True),
         ("plan", "refused", False),
         ("repair", "better", True),
@@ -175,6 +177,7 @@ def test_ok_is_the_exit_code(kind: str, name: str, ok: bool) -> None:
         ("sweep", "momentum", SweepReport),
         ("lint", "findings", LintReport),
         ("verify", "failed", Verification),
+        ("log", "found", MonitorLog),
     ],
 )
 def test_what_is_saved_is_loaded(tmp_path: Path, kind: str, name: str, type_: type[Document]) -> None:
