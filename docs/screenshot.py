@@ -1,7 +1,7 @@
-"""The picture of a page in reading-a-report.md: ``python docs/screenshot.py`` writes docs/images/page.png.
+"""The pictures of pages: ``python docs/screenshot.py`` writes those of ``PICTURES`` into docs/images.
 
-It is the top of the page of ``bnprobe scan sample_configs/digits/sorted.yaml --format html`` in a headless Chromium
-(``make browser``).
+Each is the top of a page that a command writes, in a headless Chromium (``make browser``). With names, these only:
+``python docs/screenshot.py log.png``.
 """
 
 from __future__ import annotations
@@ -15,26 +15,31 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-COMMAND = ("scan", "sample_configs/digits/sorted.yaml", "--format", "html", "--exit-zero", "--output")
-PICTURE = Path(__file__).parent / "images" / "page.png"
-SIZE = {"width": 1160, "height": 830}
+IMAGES = Path(__file__).parent / "images"
+PICTURES = {  # the command, and width and height
+    "page.png": ("scan sample_configs/digits/sorted.yaml --exit-zero", (1160, 830)),  # reading-a-report.md
+    "log.png": ("show docs/examples/while_training.jsonl", (960, 1205)),  # while-training.md
+}
 
 
-def main() -> None:
-    """Scan, open the page, and take its picture."""
+def main(names: list[str]) -> None:
+    """Write the pages, open them, and take their pictures."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = Path(folder) / "report.html"
-        subprocess.run([sys.executable, "-m", "bnprobe", *COMMAND, str(page)], check=True)
         program = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(
             executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else []
         )
-        shown = browser.new_page(viewport=SIZE)
-        shown.goto(page.as_uri())
-        shown.wait_for_selector("html[data-charts=drawn]")
-        shown.screenshot(path=str(PICTURE))
+        for name in names:
+            command, (width, height) = PICTURES[name]
+            page = Path(folder) / f"{name}.html"
+            options = ["--format", "html", "--output", str(page)]
+            subprocess.run([sys.executable, "-m", "bnprobe", *command.split(), *options], check=True)
+            shown = browser.new_page(viewport={"width": width, "height": height})
+            shown.goto(page.as_uri())
+            shown.wait_for_selector("html[data-charts=drawn]")
+            shown.screenshot(path=str(IMAGES / name))
         browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(PICTURES))

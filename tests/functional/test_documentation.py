@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -126,12 +127,16 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         "criterion": nn.CrossEntropyLoss(),
         "train": lambda model: model.train(),
     }
+    (tmp_path / "run").mkdir()
+    shutil.copy(REPOSITORY / "docs" / "examples" / "while_training.jsonl", tmp_path / "run" / "monitor.jsonl")
     shown = list(_fenced("python", REPOSITORY / "docs" / "python.md"))
-    assert len(shown) == 7
+    assert len(shown) == 8
     for text in shown:
         exec(compile(text.replace('device="cuda"', 'device="cpu"'), "python.md", "exec"), names)
     assert names["report"].scan.batches == 32
     assert names["monitor"].samples > 0
+    assert len(names["log"].findings) == 4
+    assert (tmp_path / "page.html").is_file()
     assert "running_mean" in "".join(names["model"].state_dict())
 
 

@@ -53,7 +53,7 @@ _KINDS = (
     ("heat-2", NOISE_THRESHOLD, f"5 to {NOISE_THRESHOLD:.0f}"),
     ("heat-3", DEFAULT_THRESHOLD, f"{NOISE_THRESHOLD:.0f} to {DEFAULT_THRESHOLD:.0f}"),
     ("heat-4", 128.0, f"{DEFAULT_THRESHOLD:.0f} to 128"),
-    ("heat-5", math.inf, "more"),
+    ("heat-5", math.inf, "over 128"),
 )
 """Colours, below which n_eq they stand, and their words."""
 
