@@ -259,7 +259,7 @@ class _Run:
     @property
     def means(self) -> tuple[str, ...]:
         """What a point is, where it is more than a sample."""
-        return (f"Each point is a mean over {count(self.size, 'sample')} in a row.",) if self.size > 1 else ()
+        return (f"Each point is a mean over {count(self.size, 'sample')}.",) if self.size > 1 else ()
 
     def worst(self, most: int) -> list[str]:
         """The layers that were found, then those with most mismatch: over the run, or lately if that is more."""

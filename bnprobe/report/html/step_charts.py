@@ -144,7 +144,9 @@ def _lanes(course: Course) -> dict[str, list[dict[str, Any]]]:
         half = _LETTER * a_pixel * (len(mark.label) + 1) / 2
         centre = max(min(mark.step, course.last - half), course.first + half)
         for name, others in taken.items():
-            if all(centre + half <= low or high <= centre - half for low, high in others):
+            if 2 * half <= _NARROWEST * a_pixel and all(
+                centre + half <= low or high <= centre - half for low, high in others
+            ):
                 others.append((centre - half, centre + half))
                 lanes[name].append({"x": rounded(centre), "label": mark.label, "look": mark.look})
                 break

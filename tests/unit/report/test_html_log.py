@@ -204,6 +204,13 @@ def test_labels_of_marks_do_not_cover_each_other() -> None:
         assert places[-1] < 960
 
 
+def test_a_mark_whose_label_is_longer_than_the_chart_has_none() -> None:
+    marks = (step_charts.Mark(500, "w" * 500, "", "", "flagged"), step_charts.Mark(500, "BN203", "", "", "flagged"))
+    spec = step_charts.lines([], "step", "y", course=step_charts.Course(0, 1000, marks))
+    assert [row["label"] for row in spec["datasets"]["labels0"]] == ["BN203"]
+    assert len(spec["datasets"]["marks"]) == 2
+
+
 def test_what_was_found_again_and_again_is_one_mark_where_there_is_no_room_for_more() -> None:
     findings = tuple(replace(LAG, step=step) for step in range(1000))
     log = replace(BEGUN, taken=12, samples=course(3, 12), findings=findings)
@@ -219,7 +226,7 @@ def test_of_very_many_samples_each_point_is_a_mean() -> None:
     assert len(drawn) == 200
     assert (drawn[0]["x"], drawn[0]["y"]) == (300, 3.0)
     assert [row["y"] for row in rows(page, "curves-1/rows", name="layer1.bn")] == [pytest.approx(20.0)] * 200
-    assert "Each point is a mean over 5 samples in a row." in page.words
+    assert "Each point is a mean over 5 samples." in page.words
     assert "Of 4,000 samples 1,000 were read for the charts, evenly." in page.words
     assert len(page.text) < 1_400_000
 
