@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BETS = np.array([0.05, 0.15, 0.35, 0.65, 0.9])
+_BETS = np.array([0.05, 0.15, 0.35, 0.65, 0.95])
 """Parts of the capital that are staked, side by side: small ones find small excesses, large ones large ones fast."""
+
+_MEMORIES = np.array([0.5, 0.8, 0.95])
+"""What the log of a win counts one value later, for bettors who stake what would have won most lately."""
 
 
 class _Restarting:
     """Capital of bettors on many series, of whom one enters before each value: a change may begin at any time.
 
-    The bettor who enters before value s has the capital 1 / (s (s + 1)) (Shin, Ramdas and Rinaldo 2023, arXiv
-    2203.03532, section 2, with weights that sum to 1 in place of a bound on the run length), divided evenly among ways
-    to bet. What all of them have, together with the capital of those still to come, is the e-value of a series.
+    The bettor who enters before value s has the capital 1 / sqrt(s) - 1 / sqrt(s + 1), divided evenly among ways to bet
+    (Shin, Ramdas and Rinaldo 2023, arXiv 2203.03532, section 2, with weights that sum to 1 in place of a bound on the
+    run length). What all of them have, together with the capital of those still to come, is the e-value of a series.
 
     Args:
         series: Their number.
@@ -36,15 +39,14 @@ class _Restarting:
     def _bet(self, here: NDArray[np.bool_], won: NDArray[np.float64]) -> None:
         """Enter bettors, and multiply their capital by what they won on a value; only in the series ``here``."""
         seen = self._seen[here]
-        entering = 1.0 / ((seen + 1.0) * (seen + 2.0))
+        entering = _still_to_come(seen) - _still_to_come(seen + 1)
         # Beyond any use as evidence, and far from what a float holds.
         self._capital[here] = np.minimum((self._capital[here] + entering[:, None]) * won, 1e150)
         self._seen[here] += 1
 
     def e_values(self) -> NDArray[np.float64]:
         """Evidence against the hypothesis of each series, shape (series,); at first 1."""
-        still_to_come = 1.0 / (self._seen + 1.0)
-        found: NDArray[np.float64] = self._capital.mean(1) + still_to_come
+        found: NDArray[np.float64] = self._capital.mean(1) + _still_to_come(self._seen)
         return found
 
     def forget(self, series: int) -> None:
@@ -56,15 +58,15 @@ class _Restarting:
         return {"seen": self._seen.tolist(), "capital": self._capital.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Go on where ``state`` was taken, of as many series; the caller knows which they are."""
+        self._seen = np.array(state["seen"], dtype=np.int64)
+        self._capital = np.array(state["capital"], dtype=np.float64)
 
-        Raises:
-            ValueError: It is of another number of series.
-        """
-        seen, capital = np.array(state["seen"], dtype=np.int64), np.array(state["capital"], dtype=np.float64)
-        if seen.shape != self._seen.shape or capital.shape != self._capital.shape:
-            raise ValueError(f"The state is of {len(seen)} series, and these are {len(self._seen)}.")
-        self._seen, self._capital = seen, capital
+
+def _still_to_come(seen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Capital of the bettors who have not entered after so many values."""
+    found: NDArray[np.float64] = 1.0 / np.sqrt(seen + 1.0)
+    return found
 
 
 class MeansAbove(_Restarting):
@@ -74,15 +76,18 @@ class MeansAbove(_Restarting):
     else is assumed: not independence, not a distribution, not that the values are alike over time.
 
     A bettor who stakes the part b of a capital at even odds on an excess has 1 + b (x / limit - 1) times the capital
-    after the value x, which is no more on average where the hypothesis holds (Waudby-Smith and Ramdas 2023, arXiv
-    2010.09686, section 4).
+    after the value x, which is no more on average where the hypothesis holds, whatever earlier values b depends on
+    (Waudby-Smith and Ramdas 2023, arXiv 2010.09686, section 4). Some bettors stake the same part always, and lose it
+    while values are below the limit. The others stake the part that would have won most lately, or nothing where none
+    would have: they lose hardly anything before a change, and follow it after a value or two.
 
     Args:
         series: Their number.
     """
 
     def __init__(self, series: int) -> None:
-        super().__init__(series, len(_BETS))
+        super().__init__(series, len(_BETS) + len(_MEMORIES))
+        self._lately = np.zeros((series, len(_MEMORIES), len(_BETS)))
 
     def update(
         self, values: Sequence[float] | NDArray[np.float64], limits: Sequence[float] | NDArray[np.float64] | float
@@ -95,7 +100,22 @@ class MeansAbove(_Restarting):
         """
         ratio = np.minimum(np.asarray(values, dtype=np.float64) / limits, 1e6)
         here = ~np.isnan(ratio)
-        self._bet(here, 1.0 + _BETS * (ratio[here, None] - 1.0))
+        excess, lately = ratio[here, None] - 1.0, self._lately[here]
+        stakes = np.where(lately.max(2) > 0.0, _BETS[lately.argmax(2)], 0.0)
+        won = 1.0 + _BETS * excess
+        self._bet(here, np.concatenate([won, 1.0 + stakes * excess], axis=1))
+        self._lately[here] = _MEMORIES[:, None] * lately + np.log(won)[:, None, :]
+
+    def forget(self, series: int) -> None:
+        super().forget(series)
+        self._lately[series] = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "lately": self._lately.tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._lately = np.array(state["lately"], dtype=np.float64)
 
 
 _HIGH, _LOW = np.array([0.15, 0.4, 0.7]), np.array([0.4])
