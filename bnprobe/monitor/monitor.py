@@ -202,8 +202,10 @@ class Monitor:
         samples were taken. Load the weights of the model afterwards.
 
         Raises:
+            StateError: It is of other layers; nothing was changed.
             RepairError: A layer cannot be converted, as in another model.
         """
+        self._screening.restore(state["screening"])  # first: it may refuse
         self.step, self._alarm = state["step"], state["alarm"]
         self._rest, self._rests_until = state["rest"], state["rests_until"]
         self.findings = [MonitorFinding(**{**each, "layers": tuple(each["layers"])}) for each in state["findings"]]
@@ -211,7 +213,6 @@ class Monitor:
             self._take_back(made)
         for each in state["changes"]:
             self._follow(restored(self._sampler.model, each))
-        self._screening.restore(state["screening"])
         self._kept.clear()
         if self._steps is not None:
             self._unhook()
@@ -408,6 +409,7 @@ class Monitor:
                 take_statistics(self._sampler.model, names, kept, size)
             else:
                 self._follow(change(self._sampler.model, action, names, RAMP * self._every))
+                self._screening.forget_over(names)
         except BnprobeError as error:
             warnings.warn(f"bnprobe, step {self.step}: no layer was changed: {error}", stacklevel=2)
             return
@@ -416,7 +418,6 @@ class Monitor:
     def _follow(self, made: Change) -> None:
         self.changes.append(made)
         self._sampler.follow(made.layers, changed=True)
-        self._screening.forget_over(made.layers)
 
     def _take_back(self, made: Change) -> None:
         take_back(self._sampler.model, made)

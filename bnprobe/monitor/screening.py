@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bnprobe.errors import StateError
+from bnprobe.numbers import listed
 from bnprobe.records import DEFAULT_THRESHOLD, MonitorSample
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.sequential import MeansAbove, rejected
@@ -26,6 +28,9 @@ LEFT_ON_START = 0.03
 
 MOST_UPDATES = 2000
 """From so many updates on they are judged, however slow the average: training is often over soon after."""
+
+FIRST = 5
+"""Samples after a change that say what D is while its cause lasts."""
 
 _MEMORY = 0.9
 """Weight of the past in the parts of noise and of all else, from sample to sample."""
@@ -56,6 +61,7 @@ class Screening:
         self._tests = MeansAbove(3 * len(layers) + 3)
         self._over = MeansAbove(len(layers))
         self._noise, self._whole = (np.zeros(len(layers)) for _ in range(2))
+        self._first: list[list[float]] = [[] for _ in layers]
         self._knows_loss = False
 
     def update(
@@ -85,7 +91,10 @@ class Screening:
                     whole[position] = layer.mismatch if math.isfinite(layer.mismatch) else math.inf
                     iid[position] = noise[name]
                 elif not math.isnan(changed[name]):
-                    within[position] = 2.0 * (changed[name] <= limits[position] and noise[name] <= most_noise)
+                    is_within = changed[name] <= self._limit_over(position) and noise[name] <= most_noise
+                    within[position] = 2.0 * is_within
+                    if len(self._first[position]) < FIRST:
+                        self._first[position].append(min(changed[name], 1e6))
                 self._add(position, noise[name], changed.get(name, layer.mismatch))
         if sample.loss is not None and all(ripe.values()):
             train, other = sample.loss.train, sample.loss.eval
@@ -112,13 +121,24 @@ class Screening:
             return noise_limit(DEFAULT_THRESHOLD)
         return deciding_limit(min(noise, whole), max(whole - noise, 0.0), DEFAULT_THRESHOLD)
 
+    def _limit_over(self, position: int) -> float:
+        """Up to which D of a changed layer its cause counts as gone; see ``is_over``."""
+        limit, first = self._limit(position), self._first[position]
+        fallen = sum(first) / FIRST / GROSS if len(first) == FIRST else 0.0
+        return max(limit, min(fallen, GROSS * limit))
+
     def _add(self, position: int, noise: float, whole: float) -> None:
         if math.isfinite(noise) and math.isfinite(whole):
             self._noise[position] = _MEMORY * self._noise[position] + noise
             self._whole[position] = _MEMORY * self._whole[position] + whole
 
     def is_over(self, layers: Iterable[str]) -> bool:
-        """Whether the D of all these layers, which were changed, is surely more often within its limit than not."""
+        """Whether the cause of a change is gone: of each of these layers D is surely more often small than not.
+
+        D is small within its limit. In many sound runs it never is for long in a changed layer, which sees what changed
+        layers before it pass on. So it is small, too, where it is at most a ``GROSS``-th of what it was in the first
+        samples after the change, and no more than ``GROSS`` times the limit, below which D alone raises no alarm.
+        """
         evidence = self._over.e_values()
         return all(evidence[self._layers.index(name)] >= 1 / self._alpha for name in layers)
 
@@ -131,17 +151,37 @@ class Screening:
         """Begin again to ask of these layers whether a cause is gone."""
         for name in layers:
             self._over.forget(self._layers.index(name))
+            self._first[self._layers.index(name)] = []
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` takes, of plain lists."""
-        own = {"noise": self._noise.tolist(), "whole": self._whole.tolist(), "knows_loss": self._knows_loss}
-        return {"tests": self._tests.state(), "over": self._over.state(), **own}
+        own = {
+            "noise": self._noise.tolist(),
+            "whole": self._whole.tolist(),
+            "first": [list(each) for each in self._first],
+        }
+        tests = {"tests": self._tests.state(), "over": self._over.state()}
+        return {"layers": list(self._layers), **tests, **own, "knows_loss": self._knows_loss}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Go on where ``state`` was taken.
+
+        Raises:
+            StateError: It is of other layers.
+        """
+        if state["layers"] != self._layers:
+            gone = [name for name in state["layers"] if name not in self._layers]
+            new = [name for name in self._layers if name not in state["layers"]]
+            whose = (("only that one watched", gone), ("only this one watches", new))
+            differ = "; ".join(f"{who} {listed(names)}" for who, names in whose if names) or "in another order"
+            raise StateError(
+                f"The state is of a monitor of other layers ({differ}). Give this one the same model, include and exclude,"
+                " or do not load the state: then its tests begin anew."
+            )
         self._tests.restore(state["tests"])
         self._over.restore(state["over"])
         self._noise, self._whole = np.array(state["noise"]), np.array(state["whole"])
+        self._first = [list(each) for each in state["first"]]
         self._knows_loss = state["knows_loss"]
 
 

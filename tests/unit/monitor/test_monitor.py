@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 import bnprobe
-from bnprobe.errors import NothingToProbeError, OutputError, UsageError
+from bnprobe.errors import NothingToProbeError, OutputError, StateError, UsageError
 from bnprobe.records import MonitorFinding
 
 CLASSES, FEATURES = 4, 12
@@ -342,6 +342,17 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_ended() -> None:
         return monitor.findings
 
     assert run(resumed=True) == run(resumed=False) != []
+
+
+def test_a_state_of_other_layers_is_refused_and_changes_nothing() -> None:
+    model = _net()
+    with bnprobe.Monitor(model, every=5) as monitor:
+        _train(model, range(20))
+    names = monitor.state_dict()["screening"]["layers"]
+    other = bnprobe.Monitor(model, every=5, exclude=[names[0]])
+    with pytest.raises(StateError, match=f"only that one watched {names[0]}"):
+        other.load_state_dict(monitor.state_dict())
+    assert other.step == 0
 
 
 def test_a_loss_that_cannot_be_computed_again_is_left_out() -> None:

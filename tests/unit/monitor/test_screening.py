@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 
+from bnprobe.errors import StateError
 from bnprobe.monitor.screening import LOSS, Screening
 from bnprobe.records import LayerSample, ModeLoss, MonitorSample
 from bnprobe.rules.shares import noise_limit
@@ -95,6 +96,52 @@ def test_a_restored_screening_goes_on() -> None:
     again.restore(json.loads(json.dumps(begun.state())))
     rest = steady(3 * LAG, 0.01, 1.1)
     assert alarm(rest, again) == alarm(rest, begun)
+
+
+def test_a_state_of_other_layers_is_refused_by_name() -> None:
+    with pytest.raises(
+        StateError, match=r"only that one watched bn; only this one watches head, tail.*include and exclude"
+    ):
+        Screening(["other", "head", "tail"], 0.05).restore(Screening(["bn", "other"], 0.05).state())
+    with pytest.raises(StateError, match="in another order"):
+        Screening(["other", "bn"], 0.05).restore(Screening(["bn", "other"], 0.05).state())
+
+
+def over(mismatches: Iterable[float], noise: float = 0.01) -> int | None:
+    """After how many samples the cause of a change counts as gone, for D of the changed layer."""
+    screening = Screening(["bn"], 0.05)
+    for count, each in enumerate(mismatches, 1):
+        seen = sample((each, noise, ModeLoss(1.0, 1.0)))
+        assert not screening.update(seen, {"bn": noise}, {"bn": True}, {"bn": each})
+        if screening.is_over(["bn"]):
+            return count
+    return None
+
+
+def test_a_cause_is_gone_where_d_is_within_its_limit_or_has_fallen_by_far() -> None:
+    within = over([0.5 * LAG] * 100)
+    assert within is not None
+    assert within <= 20
+    fallen = over([20 * LAG] * 10 + [2 * LAG] * 100)
+    assert fallen is not None
+    assert 10 < fallen <= 30
+
+
+@pytest.mark.parametrize(
+    "mismatches",
+    [
+        [20 * LAG] * 300,
+        [2 * LAG] * 300,  # nor has it fallen
+        [20 * LAG] * 10 + [6 * LAG] * 300,  # no more than a third is left, but D alone would raise an alarm
+        [20 * LAG] * 10 + [2 * LAG, 20 * LAG] * 150,  # every other time
+    ],
+)
+def test_a_cause_is_not_gone_while_d_is_more_often_than_not_as_it_was(mismatches: list[float]) -> None:
+    assert over(mismatches) is None
+
+
+def test_a_cause_is_not_gone_while_the_noise_of_batches_is_beyond_its_limit() -> None:
+    assert over([0.5 * LAG] * 300, noise=2 * NOISE) is None
 
 
 def test_at_the_limits_few_runs_alarm() -> None:
