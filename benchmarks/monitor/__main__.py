@@ -37,8 +37,9 @@ _CAUSES = """Why a monitor misses what it misses:
 * **A batch times 10** is forgotten before D was sampled often enough.
 * **A quarter of a batch of one class** leaves D within its limit, or nearly.
 
-Why it takes so long: before a fault there were 15 samples, and each test may begin at any of them, which costs a factor
-of 240 in evidence; a D of twice its limit doubles the evidence from sample to sample at most."""
+Why it takes so long: with one rate for all layers and kinds, the evidence must grow from about a half, which 15 healthy
+samples leave of it, to 100 and more; a D of twice its limit, or a loss that is always worse, doubles it from sample to
+sample at most, once a sample or two have woken the bets."""
 
 
 def main() -> int:

@@ -78,7 +78,7 @@ class Monitor:
             "recalibrate" (statistics of the batches that were scanned); or a function that takes the monitor and the
             finding; or a dictionary of these by rule, e.g. ``{"BN203": "recalibrate"}``; the others are warned of.
             Parameters and buffers stay the same objects, so that the optimizer goes on. Layers that were frozen or made
-            Batch Renorm become BN again once their D was within its limit for long enough. In one process only.
+            Batch Renorm become BN again once the cause is gone: see ``bnprobe.monitor.screening``. In one process only.
         batches: Batches that a scan after an alarm takes.
         false_alarms: See above.
         include, exclude: Globs of the layers to watch, as in a scan.

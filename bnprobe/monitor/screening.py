@@ -175,8 +175,8 @@ class Screening:
             whose = (("only that one watched", gone), ("only this one watches", new))
             differ = "; ".join(f"{who} {listed(names)}" for who, names in whose if names) or "in another order"
             raise StateError(
-                f"The state is of a monitor of other layers ({differ}). Give this one the same model, include and exclude,"
-                " or do not load the state: then its tests begin anew."
+                f"The state is of a monitor of other layers ({differ}). Give this one the same model, include and"
+                " exclude, or do not load the state: then its tests begin anew."
             )
         self._tests.restore(state["tests"])
         self._over.restore(state["over"])
