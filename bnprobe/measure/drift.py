@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,9 @@ class LayerInputs:
     Args:
         layers: As ``watchable`` gives them.
         exact: Compute in float64.
+
+    Attributes:
+        seconds: That this took in the layers of the last pass.
     """
 
     def __init__(self, layers: Sequence[ProbedLayer], exact: bool = False) -> None:
@@ -118,6 +122,7 @@ class LayerInputs:
         self._failed: dict[Slot, str] = {}
         self._centres: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._scales: dict[tuple[Slot, ...], Tensor] = {}
+        self.seconds = 0.0
 
     @contextmanager
     def taking(self, samples: int, most: int | None = None) -> Iterator[None]:
@@ -130,6 +135,7 @@ class LayerInputs:
         self._moments, self._failed = {}, {}
         self._calls.clear()
         self._thread, self._samples, self._most = get_ident(), samples, most
+        self.seconds = 0.0
         with ExitStack() as hooks:
             for module in self._of_modules:
                 handle = module.register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -140,7 +146,9 @@ class LayerInputs:
         """Take samples where the module is one of the layers; for a call that had begun before it was hooked."""
         layer = self._of_modules.get(module)
         if layer is not None and get_ident() == self._thread:
+            began = perf_counter()
             self._take(layer, args[0] if args else kwargs.get("input"))
+            self.seconds += perf_counter() - began
 
     def _take(self, layer: ProbedLayer, x: Any) -> None:
         slot = layer.index, self._calls[layer.index]
@@ -277,21 +285,30 @@ class Drift:
         self.samples = 0
         self.alarm: int | None = None
 
-    def add(self, features: Tensor) -> None:
-        """Take in samples, as ``LayerInputs.features`` gives them; reads from the device once, if a block is full."""
+    def add(self, features: Tensor) -> float:
+        """Take in samples, as ``LayerInputs.features`` gives them; reads from the device once, if a block is full.
+
+        Returns:
+            Seconds for which it waited for the device.
+        """
         self.samples += features.shape[0]
         rows = features if self._rest is None else torch.cat([self._rest, features])
         block = self._profile.block
         whole = rows.shape[0] // block * block
         self._rest = rows[whole:].clone() if whole < rows.shape[0] else None
         if not whole:
-            return
+            return 0.0
         if self._healthy.centre.device != rows.device:
             self._healthy = self._healthy.to(rows.device)
         deviations = self._healthy.deviations(rows[:whole], block)
         self._lately.extend(deviations.float().unbind())
-        for row in self._healthy.scores(deviations, block).cpu().numpy():
+        scores = self._healthy.scores(deviations, block)
+        began = perf_counter()
+        read = scores.cpu().numpy()
+        waited = perf_counter() - began
+        for row in read:
             self._judge(row)
+        return waited
 
     def _judge(self, scores: Any) -> None:
         won = self._test.update(scores)

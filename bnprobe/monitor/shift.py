@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from math import ceil
 from os import PathLike
 from threading import Lock, get_ident
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +35,13 @@ if TYPE_CHECKING:
 OnAlarm = Callable[["ShiftMonitor"], object]
 """Called with the monitor, once, when it raises its alarm."""
 
+_CLOSEST = 8
+"""Batches from look to look, where the monitor spaces them and they cost little."""
+
+_SHARE = 0.02
+"""Of the time of forward passes, that looks take as they reckon it. Not in it: that torch calls hooks, some 10
+microseconds for each batch, and that a look leaves caches colder."""
+
 
 _COMPILED = (
     "A compiled model calls its layers in code of its own, which a monitor does not see. Let the model serve without"
@@ -41,11 +52,11 @@ _COMPILED = (
 class ShiftMonitor:
     """Watches a model in service: are its samples, layer by layer, like those of its profile?
 
-    Of every ``every``-th batch in eval mode it takes the first ``samples`` samples at the input of each layer of the
-    profile, and compares the mean of each block of them with the scores of the profile by a conformal test: p-values
-    against the profile's blocks and the blocks before, and bets against their being uniform, beginning anew before
-    every block. The alarm is raised when the mean over layers of these e-processes reaches 1 / ``alpha``; e-BH says
-    which layers moved.
+    Of every 8th batch in eval mode, or of fewer, it takes the first ``samples`` samples at the input of each layer of
+    the profile, and compares the mean of each block of them with the scores of the profile by a conformal test:
+    p-values against the profile's blocks and the blocks before, and bets against their being uniform, beginning anew
+    before every block. The alarm is raised when the mean over layers of these e-processes reaches 1 / ``alpha``; e-BH
+    says which layers moved.
 
     What is assumed: the blocks of the profile and of a healthy stream are exchangeable, that is, samples come
     independently from one distribution. Then the probability that a stream of any length has an alarm is at most
@@ -54,6 +65,11 @@ class ShiftMonitor:
     below 1 / (blocks + 1), and a small shift is found, if at all, before it came to as many blocks as were seen before
     it. A stream in an order (sorted by class, neighbouring frames of a video) is not exchangeable with samples drawn at
     random, and raises an alarm: profile samples as they come in service.
+
+    Looks are so far apart that they take some 2% of the time of forward passes, going by the last nine looks and the
+    passes in which they were taken. So whether a batch is looked at depends on the time that earlier ones took, and not
+    on what is in it: samples that come independently from one distribution still do so, and the probability of a false
+    alarm holds as it stands. With ``every``, the same batches are looked at in every run.
 
     The model's outputs and the random state are bit-identical to those without a monitor. Memory is bounded: up to
     2,048 scores of every layer and the means of the last 32 blocks in every channel. Between the batches that it looks
@@ -64,7 +80,7 @@ class ShiftMonitor:
         model: In eval mode, as it serves; also wrapped by DistributedDataParallel.
         profile: From `bnprobe.profile`, or the file that ``bnprobe profile`` wrote; of the same weights, in the same
             precision.
-        every: Look at every so-manieth batch.
+        every: Look at every so-manieth batch, whatever that costs; None: as above.
         samples: Take at most so many of a batch; None: as many as a block has.
         alpha: The probability of a false alarm in a stream, however long.
         on_alarm: "warn", or a function that takes the monitor.
@@ -91,7 +107,7 @@ class ShiftMonitor:
         model: nn.Module,
         profile: Profile | str | PathLike[str],
         *,
-        every: int = 8,
+        every: int | None = None,
         samples: int | None = None,
         alpha: float = ALPHA,
         on_alarm: str | OnAlarm = "warn",
@@ -99,7 +115,7 @@ class ShiftMonitor:
     ) -> None:
         self._profile = profile if isinstance(profile, Profile) else Profile.load(profile)
         most = self._profile.block if samples is None else samples
-        if every < 1 or most < 1:
+        if (every is not None and every < 1) or most < 1:
             raise UsageError(f"every={every} and samples={samples}: give at least 1 of each.")
         if on_alarm != "warn" and not callable(on_alarm):
             raise UsageError(f'on_alarm={on_alarm!r} is neither "warn" nor a function of the monitor.')
@@ -117,7 +133,9 @@ class ShiftMonitor:
         self._depth = 0
         self._is_compiled = False
         self.batches = self.left_out = 0
-        self._looked = 0
+        self._looked = self._next = 0
+        self._costs: deque[float] = deque(maxlen=9)
+        self._began = self._prepared = 0.0
         self._drift = Drift(self._profile, alpha, seed)
 
     def __enter__(self) -> Self:
@@ -147,7 +165,7 @@ class ShiftMonitor:
         """Begin a new stream, as after an alarm that was dealt with; it has a rate of false alarms of its own."""
         self._seed += 1
         self._drift = Drift(self._profile, self._alpha, self._seed)
-        self.batches = self.left_out = self._looked = 0
+        self.batches = self.left_out = self._looked = self._next = 0
 
     @property
     def samples(self) -> int:
@@ -187,11 +205,14 @@ class ShiftMonitor:
             self._depth += 1  # the model calls itself
             return
         self.batches += 1
-        if (self.batches - 1) % self._every or not self._lock.acquire(blocking=False):
+        if self.batches <= self._next or not self._lock.acquire(blocking=False):
             return  # or another thread's batch is being looked at
         self._thread, self._depth = get_ident(), 1
+        self._next = self.batches - 1 + self._distance()
+        self._began = perf_counter()
         try:
             self._taking.enter_context(self._inputs.taking(count_samples((args, kwargs)) or 0, self._most))
+            self._prepared = perf_counter()
             self._inputs.enter(module, args, kwargs)  # a layer that is the whole model
         except Exception as error:
             self._give_up(error)
@@ -202,15 +223,15 @@ class ShiftMonitor:
         self._depth -= 1
         if self._depth:
             return
+        returned, had_alarm = perf_counter(), self.alarm
         try:
             self._taking.close()
             self._looked += 1
             features = self._inputs.features(self._slots)
-            if features is None:
-                self.left_out += 1
-                return
-            had_alarm = self.alarm
-            self._drift.add(features)
+            self.left_out += features is None
+            # The wait for the device is the forward pass's.
+            waited = 0.0 if features is None else self._drift.add(features)
+            self._note_cost(returned + waited)
         except Exception as error:  # whatever it is, the model goes on serving
             self._give_up(error)
             return
@@ -218,6 +239,19 @@ class ShiftMonitor:
             self._leave()
         if self.alarm and not had_alarm:
             self._on_alarm(self)
+
+    def _distance(self) -> int:
+        """Batches from this look to the next."""
+        if self._every is not None:
+            return self._every
+        return max(_CLOSEST, ceil(statistics.median(self._costs) / _SHARE)) if self._costs else _CLOSEST
+
+    def _note_cost(self, returned: float) -> None:
+        """Of this look, in forward passes of its batch. The first one, which also sets things up, does not count."""
+        ended = perf_counter()
+        own = self._prepared - self._began + self._inputs.seconds + ended - returned
+        if self._looked > 1:
+            self._costs.append(own / max(ended - self._began - own, 1e-9))
 
     def _leave(self) -> None:
         """End the look at a batch, if there is one."""

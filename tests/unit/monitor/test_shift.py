@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +18,12 @@ from torch import Tensor, nn
 import bnprobe
 from bnprobe.errors import BnprobeError, DataError, NothingToProbeError, UsageError
 from bnprobe.measure.batch import MicroBatch
+from bnprobe.measure.drift import LayerInputs
 from bnprobe.measure.restore import random_state
+from bnprobe.monitor.shift import _SHARE
 from bnprobe.records import Profile
 from bnprobe.stats.sequential import MOST_KEPT
+from support.operators import Operators
 
 
 class Net(nn.Module):
@@ -232,6 +238,69 @@ def test_it_looks_at_every_so_manieth_batch_and_few_of_its_samples(model: nn.Mod
     assert (monitor.batches, monitor.samples) == (10, 15)
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+def test_looks_space_themselves_so_that_they_cost_little(
+    model: nn.Module, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds are those of a clock that only says what the test wants: passes take 1, and looks 2, but one takes 50."""
+    now, looked = [0.0], []
+    for module in ("bnprobe.monitor.shift", "bnprobe.measure.drift"):
+        monkeypatch.setattr(f"{module}.perf_counter", lambda: now[0])
+    take = LayerInputs._take
+
+    def slow(inputs: LayerInputs, layer: Any, x: Any) -> None:
+        now[0] += (50.0 if monitor.batches == looks[5] else 2.0) / 4  # four calls of layers
+        take(inputs, layer, x)
+        looked.append(monitor.batches)
+
+    monkeypatch.setattr(LayerInputs, "_take", slow)
+
+    def forward(*_: object) -> None:
+        now[0] += 1.0
+
+    apart = math.ceil(2 / _SHARE)
+    looks = [1, 9, 17, *(17 + apart * number for number in range(1, 8))]  # the second look is the first that counts
+    handle = model.get_submodule("mix").register_forward_pre_hook(forward)
+    with bnprobe.ShiftMonitor(model, profile) as monitor:
+        for step in range(looks[-1]):
+            model(_images(8, step))
+    handle.remove()
+    assert sorted(set(looked)) == looks
+    assert 2 / apart <= _SHARE
+
+
+def test_which_batches_are_looked_at_does_not_depend_on_what_is_in_them(
+    model: nn.Module, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that counts how often it is read."""
+    ticks = itertools.count()
+    for module in ("bnprobe.monitor.shift", "bnprobe.measure.drift"):
+        monkeypatch.setattr(f"{module}.perf_counter", lambda: float(next(ticks)))
+    samples = []
+    for shift in (0.0, 3.0, math.nan):
+        with bnprobe.ShiftMonitor(model, profile, on_alarm=lambda monitor: None) as monitor:
+            for step in range(200):
+                model(_images(8, step) + shift)
+                samples.append(monitor.samples)
+    assert samples[:200] == samples[200:400] == samples[400:]
+
+
+def test_a_batch_between_looks_costs_no_operator(model: nn.Module, profile: Profile) -> None:
+    images = _images(16, 0)
+    with torch.no_grad(), Operators() as plain:
+        model(images)
+    with torch.no_grad(), bnprobe.ShiftMonitor(model, profile) as monitor:
+        model(images)
+        with Operators() as between:
+            for _ in range(7):
+                model(images)
+        with Operators() as look:
+            model(images)
+    assert between.found == Counter({each: 7 * number for each, number in plain.found.items()})
+    assert monitor.samples == 16
+    # Eight for each of four calls of layers, of which four compute, and the rest for all of them together.
+    assert look.found.total() - plain.found.total() <= 4 * 8 + 28
 
 
 def test_outputs_and_the_random_state_are_bit_identical(model: nn.Module, profile: Profile) -> None:
