@@ -42,18 +42,29 @@ samples leave of it, to 100 and more; a D of twice its limit, or a loss that is 
 sample at most, once a sample or two have woken the bets."""
 
 
+_COST = "## Cost"
+
+
 def main() -> int:
     """Print the report, and write it where asked; 0 whatever the figures are."""
     arguments = _arguments()
     torch.set_num_threads(1)
     started = time.perf_counter()
+    if arguments.only_cost:
+        costs = _costs(arguments.quick)
+        print(_cost_section(costs))
+        if arguments.out is not None:
+            path = arguments.out / "RESULTS.md"
+            before, _, after = path.read_text().partition(_COST)
+            _, end, problems = after.partition("\n\n## ")
+            path.write_text(f"{before}{_cost_section(costs)}{end}{problems}" + ("" if end else "\n"))
+        return 0
     wanted = tasks(arguments.quick)
     outcomes = []
     for outcome in run_all(wanted, arguments.processes):
         outcomes.append(outcome)
         print(f"{len(outcomes)}/{len(wanted)}: {outcome.network}, {outcome.what}", file=sys.stderr, flush=True)
-    costs = cost.rows(("resnet18",) if arguments.quick else ("resnet18", "resnet50"), 1 if arguments.quick else 5)
-    report = render(outcomes, costs, time.perf_counter() - started)
+    report = render(outcomes, _costs(arguments.quick), time.perf_counter() - started)
     print(report)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -83,17 +94,25 @@ def render(outcomes: list[Outcome], costs: list[tables.Row], seconds: float) -> 
         "## Missed",
         "\n".join(score.missed(faulty, twins)) or "None.",
         _CAUSES,
-        "## Cost",
-        tables.render(costs),
+        _cost_section(costs),
     ]
     if problems:
         parts += ["## Monitors that stopped", "\n".join(problems)]
     return "\n\n".join(parts)
 
 
+def _costs(quick: bool) -> list[tables.Row]:
+    return cost.rows(("resnet18",), 1) if quick else cost.rows(("resnet18", "resnet50"), 3)
+
+
+def _cost_section(costs: list[tables.Row]) -> str:
+    return "\n\n".join([_COST, f"{date.today().isoformat()}, load {load()}.", tables.render(costs)])
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.monitor", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one network, one seed, few steps: does it run at all?")
+    parser.add_argument("--only-cost", action="store_true", help="time it, and write that section of RESULTS.md anew")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write RESULTS.md and results.json there")
     parser.add_argument("--processes", type=int, default=2, help="worker processes, of one thread each (default: 2)")
     return parser.parse_args()
