@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import sysconfig
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,3 +199,11 @@ def is_library_file(filename: str) -> bool:
     except (OSError, ValueError):  # code that was compiled under a name that no file can have
         return False
     return not _PACKAGE_FOLDERS.isdisjoint(path.parts) or any(path.is_relative_to(root) for root in _LIBRARY_ROOTS)
+
+
+def warn_user(message: str) -> None:
+    """Warn, with the line of the user's code that is running: below it are torch, a framework and bnprobe."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and is_library_file(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,13 +29,13 @@ from bnprobe.paths import exists, followed, is_folder, is_special, real, write_s
 
 if sys.platform == "win32":
 
-    def _lock(file: BinaryIO) -> bool | None:
-        """Windows has no such locks."""
+    def try_lock(file: BinaryIO | FileIO) -> bool | None:
+        """Windows has no such locks: None."""
         return None
 else:
     import fcntl
 
-    def _lock(file: BinaryIO) -> bool | None:
+    def try_lock(file: BinaryIO | FileIO) -> bool | None:
         """Lock a file for this process; False where another process has it locked, None where there are no locks."""
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -389,7 +390,7 @@ def _locked(lock: Path, output: Path) -> BinaryIO:
     """The lock file, open and locked, with the name of this process in it."""
     while True:
         file = lock.open("a+b")
-        if _lock(file) is False:
+        if try_lock(file) is False:
             file.seek(0)
             holder = file.read(200).decode(errors="replace").strip()
             file.close()
@@ -427,7 +428,7 @@ def _is_open(path: Path) -> bool:
     """Whether another process holds a file that it is writing."""
     try:
         with path.open("r+b") as file:
-            return _lock(file) is not True
+            return try_lock(file) is not True
     except OSError:
         return True
 
@@ -532,7 +533,7 @@ def _written_through(path: Path, data: bytes, replaced: Path) -> Iterator[None]:
     old = replaced.stat() if replaced.exists() else None
     rights = 0o666 if old is None else stat.S_IMODE(old.st_mode)
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, rights & 0o777)) as file:
-        _lock(file)
+        try_lock(file)
         if old is not None:
             with suppress(OSError):  # only root may give files away
                 os.chown(file.fileno(), old.st_uid, old.st_gid)

@@ -141,6 +141,11 @@ def count_samples(batch: Any, usual: int | None = None) -> int | None:
     return SampleCount(asked=usual, strict=False)(batch)
 
 
+def count_samples_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Samples that a model is called on: two arguments are no batch of two samples."""
+    return count_samples({**{str(position): each for position, each in enumerate(args)}, **kwargs})
+
+
 @dataclass
 class SampleCount:
     """Counts the samples of one source's batches. What counted the samples of one batch counts those of the next.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any
 from weakref import finalize
@@ -11,6 +10,7 @@ from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from bnprobe.errors import warn_user
 from bnprobe.monitor.log import scalars
 from bnprobe.monitor.monitor import Monitor
 
@@ -46,10 +46,9 @@ class HuggingFaceMonitor(TrainerCallback, ExportableState):
         if self.monitor is not None:  # of a training that raised
             self.monitor.stop()
         if args.torch_compile:
-            warnings.warn(
+            warn_user(
                 "bnprobe does not watch this training: torch_compile=True compiles the model out of its sight. Give the"
-                " Trainer a model that is compiled in parts, or not at all.",
-                stacklevel=2,
+                " Trainer a model that is compiled in parts, or not at all."
             )
             return
         log = self._settings.get("log")

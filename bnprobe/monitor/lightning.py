@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bnprobe.errors import warn_user
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import find_layers
 from bnprobe.monitor.log import scalars
@@ -205,4 +205,4 @@ def _log(trainer: Trainer, name: str, event: dict[str, Any]) -> None:
 
 
 def _warn(why: str) -> None:
-    warnings.warn(f"bnprobe does not watch this training: {why}.", stacklevel=2)
+    warn_user(f"bnprobe does not watch this training: {why}.")

@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from io import FileIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from bnprobe.errors import OutputError, UsageError, reason_of
-from bnprobe.files import make_folder
+from bnprobe.files import make_folder, try_lock
 from bnprobe.numbers import finite_or_none
-from bnprobe.paths import is_file, is_folder
+from bnprobe.paths import is_file, is_folder, real
 from bnprobe.records import LayerSample, ModeLoss, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 
 Sink = Callable[[dict[str, Any]], None]
@@ -42,7 +46,7 @@ def sink_of(log: Any) -> Sink:
         OutputError: The file cannot be written.
     """
     if isinstance(log, str | PathLike):
-        return _Lines(Path(log))
+        return Lines(Path(log))
     if callable(getattr(log, "add_scalar", None)):
         return partial(_add_scalars, log)
     if callable(getattr(log, "log", None)):
@@ -86,21 +90,64 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-class _Lines:
-    """Appends a line to a file for every event, passed to the operating system at once."""
+class Lines:
+    """Appends a line to a file for every event, passed to the operating system at once.
+
+    From the first event on until ``close`` the file is this monitor's: another one is refused, also of another process.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path if path.suffix == ".jsonl" else path / FILE
         make_folder(self.path.parent)
-        self({})
+        self._place = real(self.path)  # wherever the process goes later
+        self._file: FileIO | None = None
+        with self._writing():
+            self._place.open("ab").close()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        text = f"{json.dumps(event, allow_nan=False, ensure_ascii=False)}\n" if event else ""
+        line = f"{json.dumps(event, allow_nan=False, ensure_ascii=False)}\n".encode(errors="replace")
+        with self._writing():
+            if self._file is not None and not os.path.samestat(os.fstat(self._file.fileno()), self._place.stat()):
+                self.close()  # another file is in its place
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Let go of the file; the next event takes it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            _in_use.discard(self._place)
+
+    def _open(self) -> None:
+        """Take the file, and begin a line: the last one may have been cut off, by a full disk or the end of a run."""
+        file = FileIO(self._place, "a+")
+        if self._place in _in_use or try_lock(file) is False:
+            file.close()
+            raise OutputError(
+                f"Another monitor writes to {self.path}. Give each a folder of its own, or wait for its end."
+            )
+        self._file = file
+        _in_use.add(self._place)
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            yield
         except OSError as error:
-            raise OutputError(f"{self.path} could not be written: {error.strerror or error}.") from None
+            raise OutputError(f"{self.path} could not be written: {reason_of(error)}.") from None
+
+
+_in_use: set[Path] = set()
+"""The files that monitors of this process write to."""
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------

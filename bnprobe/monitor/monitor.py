@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -20,8 +21,8 @@ from torch.optim.optimizer import (
 
 from bnprobe._version import __version__
 from bnprobe.config.spec import ScanSettings
-from bnprobe.errors import BnprobeError, UsageError
-from bnprobe.loading.samples import count_samples
+from bnprobe.errors import BnprobeError, UsageError, warn_user
+from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import copy_tensors
 from bnprobe.monitor.changes import (
     ACTIONS,
@@ -35,7 +36,7 @@ from bnprobe.monitor.changes import (
     take_back,
     take_statistics,
 )
-from bnprobe.monitor.log import Sink, event_of, sink_of
+from bnprobe.monitor.log import Lines, Sink, event_of, sink_of
 from bnprobe.monitor.loss import LossTape
 from bnprobe.monitor.sampling import FIGURES, Inputs, Look, Sampler, call_model
 from bnprobe.monitor.screening import Screening, updates_to_ripen
@@ -144,15 +145,19 @@ class Monitor:
         self._hooks = ExitStack()
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
         self._last: Callable[[], Optimizer | None] = self._optimizer
-        self._looking = self._is_compiled = self._stepping = self._over = False
+        self._is_looking = self._is_compiled = self._stepping = self._over = self._keeps = False
+        self._looks: list[Look] = []
         self._look: Look | None = None
-        self._losses: tuple[Tensor, Tensor] | None = None
-        self._tape: LossTape | None = None
+        self._losses: list[tuple[Tensor, Tensor] | None] = []
+        self._tape = LossTape(self._found_loss)
+        self._thread = 0
         self._alarm: int | None = None
         self._rests_until = self._rest = 0
         self._kept: list[Inputs] = []
 
     def __enter__(self) -> Self:
+        if self in _running:
+            raise UsageError("This monitor is watching already: enter it once, around the whole loop.")
         self.start()
         return self
 
@@ -164,9 +169,9 @@ class Monitor:
     def start(self) -> None:
         """Begin to count optimizer steps: as the beginning of a ``with`` block."""
         several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        responses = self._on_finding.values() if isinstance(self._on_finding, Mapping) else [self._on_finding]
-        if several and any(response in ACTIONS for response in responses):
+        if several and self._acts:
             raise UsageError("A monitor changes layers in one process only: in several, on_finding may warn or call.")
+        self._require_alone()
         self._over = False
         if self._steps is not None or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             return
@@ -174,7 +179,26 @@ class Monitor:
         start = {"model": type(self._sampler.model).__name__, "every": self._every, "skipped": skipped}
         self._write({"event": "start", "step": self.step, "version": __version__, **start})
         self._steps = register_optimizer_step_post_hook(self._stepped)
+        _running.append(self)
         self._prepare()
+
+    def _require_alone(self) -> None:
+        """Refuse to change layers that another monitor watches, or to watch layers that another one may change."""
+        own = {layer.module: layer.name for layer in self._sampler.layers.selected}
+        for other in _running:
+            shared = [own[layer.module] for layer in other._sampler.layers.selected if layer.module in own]
+            if other is not self and shared and (self._acts or other._acts):
+                raise UsageError(
+                    f"Another monitor watches {joined(shared[:3])}{' and others' if shared[3:] else ''} already, and"
+                    " on_finding of one of the two changes layers. Give the layers to one monitor: with include and"
+                    ' exclude, or on_finding="warn" for both.'
+                )
+
+    @property
+    def _acts(self) -> bool:
+        """Whether it may change layers by itself."""
+        responses = self._on_finding.values() if isinstance(self._on_finding, Mapping) else [self._on_finding]
+        return any(response in ACTIONS for response in responses if not callable(response))
 
     def stop(self) -> None:
         """End: nothing of the monitor is left on the model or the optimizers. `start` goes on.
@@ -184,6 +208,11 @@ class Monitor:
         """
         self._over = True
         self._unhook()
+        if self in _running:
+            _running.remove(self)
+        for sink in self._sinks:
+            if isinstance(sink, Lines):
+                sink.close()
         if self._steps is not None and not self._stepping:
             self._steps.remove()
             self._steps = None
@@ -225,18 +254,21 @@ class Monitor:
         if self._over or not self._counts(optimizer):
             return
         self._unhook()
+        looks, self._looks, self._look = self._looks, [], None
+        losses, self._losses = self._losses, []
         self._stepping = True
         try:
             if self._is_compiled:
                 raise UsageError("The loop calls a compiled model. Give the monitor what torch.compile returned.")
-            if self._look is not None:
-                self._finish(self._look)
+            if _in_backward():
+                raise UsageError("The optimizer steps within backward(), when the loss and the step are not over.")
+            if looks:
+                self._finish(looks, losses)
         except Exception as error:  # a log's, too: the user's training goes on
             self._give_up(error)
             return
         finally:
             self._stepping = False
-            self._look = self._losses = None
         self.step += 1
         for made in self.changes:
             if made.schedule is not None:
@@ -248,8 +280,11 @@ class Monitor:
 
         One that steps twice in a row has taken its place.
         """
-        if not any(id(each) in self._own for group in optimizer.param_groups for each in group["params"]):
-            return False
+        given = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        if self._own.isdisjoint(given):  # some may have been put in the place of others
+            self._own = {id(parameter) for parameter in self._sampler.model.parameters()}
+            if self._own.isdisjoint(given):
+                return False
         counted, last = self._optimizer(), self._last()
         self._last = ref(optimizer)
         if counted is None or last is optimizer:
@@ -261,79 +296,107 @@ class Monitor:
         """Hook the model where the coming step is to be looked at."""
         if self._over or (self._alarm is None and (self.step == 0 or self.step % self._every)):
             return
-        before = self._called.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = self._called.register_forward_hook(self._after)
+        self._keeps = self._alarm is not None
+        self._tape = LossTape(self._found_loss)
+        self._thread = threading.get_ident()
+        before = self._called.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True)
+        after = self._called.register_forward_hook(_Hook(self._after), with_kwargs=True)
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
+        # Before the step, not after it: the optimizer's own functions are none of the loss.
+        self._hooks.callback(register_optimizer_step_pre_hook(self._leaves_tape).remove)
+
+    def _leaves_tape(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._tape.leave()
 
     def _unhook(self) -> None:
         self._hooks.close()
-        if self._tape is not None:
-            self._tape.stop()
-            self._tape = None
+        self._tape.leave()
 
     # --- A step that is looked at -------------------------------------------------------------------------------------
+
+    def _is_of_step(self) -> bool:
+        """Whether a call of the model is one that trains: each of them is an update of the running statistics.
+
+        One without gradients is for a log, or the first of the two runs of a checkpoint; one within ``backward()`` is
+        the second of them.
+        """
+        if self._is_looking or not self._sampler.model.training or not torch.is_grad_enabled():
+            return False
+        return threading.get_ident() == self._thread and not (_in_backward() and self._looks)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             self._is_compiled = True
             return
-        if self._looking or not self._sampler.model.training or not torch.is_grad_enabled():
-            return  # without gradients: for a log, a second view, or the first of the two runs of a checkpoint
-        if self._tape is not None:  # a second call before backward(): the loss is of both
-            self._tape.drop()
+        if not self._is_of_step():
             return
-        if self._look is not None:
-            return
-        self._looking = True
+        self._tape.leave()  # what the model computes is none of the loss
+        inputs = args, kwargs
+        self._is_looking = True
         try:
-            if self._alarm is not None:
-                self._keep((args, kwargs))
-            else:
-                self._look = self._sampler.look((args, kwargs))
+            with LossTape.silence():
+                if not self._keeps:
+                    if gone := self._sampler.find_again():
+                        warn_user(
+                            f"bnprobe, step {self.step}: watched no more, since not there any more: {joined(gone)}"
+                        )
+                    self._look = self._sampler.look(inputs, self._tape.in_eval(inputs))
+                    self._looks.append(self._look)
+                elif self._alarm is not None:  # else the batches are complete with an earlier call of this step
+                    self._keep(inputs)
         except Exception as error:  # whatever it is, the user's training goes on
             self._give_up(error)
         finally:
-            self._looking = False
+            self._is_looking = False
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling() or self._look is None or not self._is_of_step():
             return
-        if self._looking or self._look is None or self._tape is not None:
-            return
-        tape = self._tape = LossTape(output, self._look.eval, self._found_loss)
-        tape.start()
-        # Before the step, not after it: the optimizer's own functions are none of the loss.
-        self._hooks.callback(register_optimizer_step_pre_hook(lambda *_: tape.stop()).remove)
+        look, self._look = self._look, None
+        self._tape.add((args, kwargs), output, look.eval)
+        if _in_backward() or not self._tape.enter():
+            self._losses.append(None)
 
-    def _found_loss(self, train: Tensor, eval_: Tensor) -> None:
-        self._losses = train, eval_
+    def _found_loss(self, found: tuple[Tensor, Tensor] | None) -> None:
+        if not any(map(_has_gradient, self._sampler.model.parameters())):
+            self._losses.clear()  # zero_grad() left nothing of what was called before
+        self._losses.append(found)
 
     def _give_up(self, error: Exception) -> None:
         self.stop()
-        warnings.warn(
-            f"bnprobe.Monitor stopped at step {self.step}, and training goes on: {type(error).__name__}: {error}",
-            stacklevel=2,
-        )
+        text = f"bnprobe.Monitor stopped at step {self.step}, and training goes on: {type(error).__name__}: {error}"
+        warn_user(text)
 
-    def _finish(self, look: Look) -> None:
-        """Read the figures, which waits for the device once, and screen them."""
-        parts = [look.figures.flatten(), look.distance]
-        if self._losses is not None:
-            parts += [value.reshape(1) for value in self._losses]
-        device = look.distance.device
-        values: list[float] = torch.cat([part.double().to(device) for part in parts]).tolist()
-        rows = [values[FIGURES * row :][:FIGURES] for row in range(len(look.layers))]
+    def _finish(self, looks: Sequence[Look], losses: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Read the figures of all calls of a step, which waits for the device once, and screen their means."""
+        device = looks[0].distance.device
+        known = [each for each in losses if each is not None] if None not in losses else []
+        parts = [part for look in looks for part in (look.figures.flatten(), look.distance)]
+        parts += [value.reshape(1) for pair in known for value in pair]
+        values = iter(torch.cat([part.double().to(device) for part in parts]).tolist())
+        calls: dict[str, list[list[float]]] = {layer.name: [] for layer in self._sampler.layers.selected}
+        distances = []
+        for look in looks:
+            for name in look.layers:
+                calls[name].append(list(islice(values, FIGURES)))
+            distances.append(list(islice(values, 2)))
         layers, noise, ripe, gone_on = {}, {}, {}, {}
-        for name, (mismatch, iid, r, square, tracked, settled) in zip(look.layers, rows, strict=True):
-            layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5)
-            noise[name], gone_on[name] = iid, settled
-            updates = self.step if math.isnan(tracked) else tracked
-            ripe[name] = updates >= self._ripe_from[name]
-        difference, norm, *losses = values[FIGURES * len(rows) :]
+        for name, rows in calls.items():
+            if rows:
+                mismatch, iid, r, square, tracked, settled = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+                layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5)
+                noise[name], gone_on[name] = iid, settled
+                updates = self.step if math.isnan(tracked) else tracked
+                ripe[name] = updates >= self._ripe_from[name]
+        difference, norm = (sum(column) for column in zip(*distances, strict=True))
         distance = (difference / norm) ** 0.5 if norm > 0 else None
-        loss = ModeLoss(*losses) if losses else None
-        self.sample = MonitorSample(self.step, look.samples, distance, loss, layers)
+        pairs = [tuple(islice(values, 2)) for _ in known]
+        loss = ModeLoss(*(sum(column) for column in zip(*pairs, strict=True))) if pairs else None
+        sizes = [look.samples for look in looks if look.samples is not None]
+        samples = sum(sizes) if len(sizes) == len(looks) else None
+        self.sample = MonitorSample(self.step, samples, distance, loss, layers)
         self._write(event_of(self.sample))
         changed = {name: gone_on[name] for made in self.changes for name in made.layers if name in layers}
         raised = self._screening.update(self.sample, noise, ripe, changed)
@@ -348,8 +411,8 @@ class Monitor:
 
     def _keep(self, inputs: Inputs) -> None:
         """Keep a copy of a batch; once there are enough, scan them."""
-        size = count_samples(inputs)
-        if size is None or (self._kept and size != count_samples(self._kept[0])):
+        size = count_samples_of_call(*inputs)
+        if size is None or (self._kept and size != count_samples_of_call(*self._kept[0])):
             return
         self._kept.append(copy_tensors(inputs))
         if len(self._kept) == self._batches:
@@ -411,7 +474,7 @@ class Monitor:
                 self._follow(change(self._sampler.model, action, names, RAMP * self._every))
                 self._screening.forget_over(names)
         except BnprobeError as error:
-            warnings.warn(f"bnprobe, step {self.step}: no layer was changed: {error}", stacklevel=2)
+            warn_user(f"bnprobe, step {self.step}: no layer was changed: {error}")
             return
         self._write({"event": "change", "step": self.step, "action": action, "layers": names})
 
@@ -429,6 +492,33 @@ class Monitor:
             sink(event)
 
 
+_running: list[Monitor] = []
+"""The monitors that watch at the moment."""
+
+
+class _Hook:
+    """A hook on the model; of a copy or a saved one nothing is left but a function that does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Any) -> None:
+        self._function(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Whether there is one, which is not known of those that are no plain tensors."""
+    grad = parameter.grad
+    return grad is not None and (type(grad) is not Tensor or grad.layout != torch.strided or bool(grad.any()))
+
+
 def _warn(finding: MonitorFinding) -> None:
     layers = (
         f" in {joined(finding.layers[:3])}"
@@ -436,6 +526,4 @@ def _warn(finding: MonitorFinding) -> None:
         else f" in {count(len(finding.layers), 'layer')}"
     )
     where = layers if finding.layers else ""
-    warnings.warn(
-        f"bnprobe, step {finding.step}: {finding.rule}{where}: {finding.message} Remedy: {finding.remedy}", stacklevel=2
-    )
+    warn_user(f"bnprobe, step {finding.step}: {finding.rule}{where}: {finding.message} Remedy: {finding.remedy}")

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.loading.model import unwrapped
-from bnprobe.loading.samples import count_samples
+from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import tensors_of
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot, corrections_of
+from bnprobe.measure.interrupts import Restore, Restoring
+from bnprobe.measure.keepers import keep_structure, keep_values
 from bnprobe.measure.layers import LayerSet, ProbedLayer, find_layers
 from bnprobe.measure.norms import family_of
 from bnprobe.measure.outputs import floating, square_norm
+from bnprobe.measure.reach import every_module, reached
 from bnprobe.measure.restore import preserved_random_state, preserved_settings
 from bnprobe.measure.session import Session, UserFunctions
 from bnprobe.nn.frozen import FrozenBatchNorm
@@ -36,6 +39,9 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
 
 FIGURES = 6
 """Of each layer, in a look."""
+
+_SMALL = 2**20
+"""Values of a tensor beside the model that are put back after a look."""
 
 _RECENT, _ENOUGH = 10, 5
 """Looks whose batches stand in for the running statistics of a frozen layer, and how many are needed."""
@@ -56,14 +62,13 @@ class Look:
             frozen layers, and NaN until that is known.
         distance: |y_train - y_eval|^2 and |y_eval|^2 over all outputs, float64, shape (2,); NaN where they differ in
             form.
-        train, eval: What the model returned in either mode.
+        eval: What the model returned in eval mode; None where that is not known.
     """
 
     samples: int | None
     layers: tuple[str, ...]
     figures: Tensor
     distance: Tensor
-    train: Any
     eval: Any
 
 
@@ -100,15 +105,29 @@ class Sampler:
         for name in modules:
             self._recent.pop(name, None)
 
-    def look(self, inputs: Inputs) -> Look:
+    def find_again(self) -> list[str]:
+        """Take the layers that now stand in the places of others; the names of those in whose place none stands."""
+        now = dict(self.model.named_modules(remove_duplicate=False))
+        moved = [layer.name for layer in self.layers.layers if now.get(layer.name) is not layer.module]
+        gone = [name for name in moved if name not in now or family_of(now[name]) is None]
+        self.layers = replace(self.layers, layers=tuple(each for each in self.layers.layers if each.name not in gone))
+        self.follow((name for name in moved if name not in gone), changed=False)
+        return gone
+
+    def look(self, inputs: Inputs, in_eval: Inputs | None) -> Look:
         """Run the model on a batch in both modes; it comes back as it was, and so does the random state.
 
         Must be called where the loop calls the model, so that its autocast is in force.
 
+        Args:
+            inputs: As the loop calls the model.
+            in_eval: The same in eval mode, where they come from earlier calls of the model; None where they do, and are
+                not known: what the model returns in eval mode is not known either.
+
         Raises:
             UserCodeError: The model raised.
         """
-        samples = count_samples(inputs)
+        samples = count_samples_of_call(*inputs)
         size = samples or 1
         tensors = tensors_of(list(inputs))
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -117,10 +136,14 @@ class Sampler:
         found = replace(self.layers, layers=layers)
         session = Session(self.model, found, UserFunctions(forward=call_model), device, settings=self._settings)
         training, evaluated = Pass(size, size), Pass(size, size, per_sample=samples is not None)
-        with preserved_random_state(), preserved_settings(self.model), _without_autocast_cache(), session.installed():
+        with ExitStack() as kept:
+            for each in (preserved_random_state(), preserved_settings(self.model), _preserved_by_hooks(self.model)):
+                kept.enter_context(each)
+            kept.enter_context(_without_autocast_cache())
+            kept.enter_context(session.installed())
             with self._recording_frozen(training):
                 trained = session.forward("train", inputs, training)[0]
-            other = session.forward("eval", inputs, evaluated)[0]
+            other = session.forward("eval", inputs if in_eval is None else in_eval, evaluated)[0]
         names, rows = [], []
         for layer in found.selected:
             row = self._row(layer, training.records, evaluated.records, size)
@@ -128,7 +151,7 @@ class Sampler:
                 names.append(layer.name)
                 rows.append(row)
         figures = torch.stack(rows) if rows else torch.empty(0, FIGURES, dtype=torch.float64)
-        return Look(samples, tuple(names), figures, _distance(trained, other), trained, other)
+        return Look(samples, tuple(names), figures, _distance(trained, other), None if in_eval is None else other)
 
     @contextmanager
     def _recording_frozen(self, pass_: Pass) -> Iterator[None]:
@@ -216,6 +239,23 @@ def _distance(one: Any, other: Any) -> Tensor:
         return torch.full((2,), torch.nan, dtype=torch.float64)
     difference = torch.stack([square_norm(left - right) for left, right in pairs]).sum()
     return torch.stack([difference, torch.stack([square_norm(right) for _, right in pairs]).sum()])
+
+
+def _preserved_by_hooks(model: nn.Module) -> Restoring:
+    """Restore what the user's hooks on modules write into: lists, attributes and small tensors beside the model."""
+    hooks = [
+        hook for each in model.modules() for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
+    ]
+    hooks = [hook for hook in hooks if not type(hook).__module__.startswith("bnprobe.")]
+
+    def save() -> list[Restore]:
+        own = {id(item) for _, item in reached(every_module(model), functions=False)}
+        found = [each.item for each in reached({"": hooks}) if id(each.item) not in own] if hooks else []
+        small = [item for item in found if not isinstance(item, Tensor) or item.numel() <= _SMALL]
+        values = [restore for item in small if (restore := keep_values(item)) is not None]
+        return [*(restore for item in found for restore in keep_structure(item)), *values]
+
+    return Restoring(save)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,9 +17,9 @@ import torch
 from torch import nn
 
 from bnprobe.commands.drift import ALPHA, report_of
-from bnprobe.errors import UsageError
+from bnprobe.errors import UsageError, warn_user
 from bnprobe.loading.model import unwrapped
-from bnprobe.loading.samples import count_samples
+from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.drift import Drift, LayerInputs, slots_of, watchable
 from bnprobe.measure.layers import find_layers
 from bnprobe.numbers import count, listed
@@ -211,7 +210,7 @@ class ShiftMonitor:
         self._next = self.batches - 1 + self._distance()
         self._began = perf_counter()
         try:
-            self._taking.enter_context(self._inputs.taking(count_samples((args, kwargs)) or 0, self._most))
+            self._taking.enter_context(self._inputs.taking(count_samples_of_call(args, kwargs) or 0, self._most))
             self._prepared = perf_counter()
             self._inputs.enter(module, args, kwargs)  # a layer that is the whole model
         except Exception as error:
@@ -262,9 +261,7 @@ class ShiftMonitor:
 
     def _give_up(self, error: Exception) -> None:
         self.stop()
-        warnings.warn(
-            f"bnprobe.ShiftMonitor stopped, and the model goes on: {type(error).__name__}: {error}", stacklevel=2
-        )
+        warn_user(f"bnprobe.ShiftMonitor stopped, and the model goes on: {type(error).__name__}: {error}")
 
 
 def _require_watchable(model: nn.Module) -> None:
@@ -282,8 +279,7 @@ def _require_watchable(model: nn.Module) -> None:
 
 def _warn(monitor: ShiftMonitor) -> None:
     moved = [layer.name for layer in monitor.layers if layer.moved]
-    warnings.warn(
+    warn_user(
         f"bnprobe: after {count(monitor.samples, 'sample')}, what the model sees is not like its profile, in"
-        f" {listed(moved, 3)}. monitor.summary() says how far.",
-        stacklevel=2,
+        f" {listed(moved, 3)}. monitor.summary() says how far."
     )
