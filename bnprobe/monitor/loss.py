@@ -25,6 +25,9 @@ from bnprobe.measure.restore import preserved_random_state
 _KEEPING = ("batch_norm", "instance_norm")
 """Names of functions that write into running statistics, which their versions do not show."""
 
+_MOST_NODES = 100_000
+"""Of a graph that is searched for outputs."""
+
 _SCALING = GradScaler.scale.__code__
 """What multiplies a loss for the sake of its gradients: that is none of the loss."""
 
@@ -75,6 +78,7 @@ class LossTape(TorchFunctionMode):
         self._lost: dict[int, ref[Tensor]] = {}
         self._steps: list[_Step] = []
         self._scaled: dict[int, tuple[Tensor, Tensor]] = {}
+        self._nodes: set[Any] = set()
         self._number = 0
 
     @staticmethod
@@ -119,6 +123,7 @@ class LossTape(TorchFunctionMode):
         calls = frozenset({self._number}).union(*behind)
         self._number += 1
         new, values = tensors_of(outputs), tensors_of(others)
+        self._nodes |= {tensor.grad_fn for tensor in new if tensor.grad_fn is not None}
         if [tensor.shape for tensor in new] != [tensor.shape for tensor in values]:
             self._lose(new)
             return
@@ -128,7 +133,7 @@ class LossTape(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if LossTape._silent:
+        if torch.compiler.is_compiling() or LossTape._silent:
             return func(*args, **kwargs)
         if func is Tensor.backward:
             self._find(args[0], keeps_graph=bool(kwargs.get("retain_graph") or kwargs.get("create_graph")))
@@ -140,7 +145,8 @@ class LossTape(TorchFunctionMode):
             return func(*args, **kwargs)
         others = [tensor for tensor in given if id(tensor) not in self._known]
         versions = [_version(tensor) for tensor in others]
-        is_scaling = not torch.compiler.is_compiling() and sys._getframe(1).f_code is _SCALING
+        is_lost = is_lost or any(map(self._comes_from_outputs, others))
+        is_scaling = sys._getframe(1).f_code is _SCALING
         result = func(*args, **kwargs)
         new = tensors_of(result)
         changed = [tensor for tensor, before in zip(others, versions, strict=True) if _version(tensor) != before]
@@ -160,7 +166,7 @@ class LossTape(TorchFunctionMode):
             self._catch_up()
             known = self._known.get(id(loss))
             if known is None:
-                if self._is_lost(loss):
+                if self._is_lost(loss) or self._comes_from_outputs(loss):
                     self._found(None)
                 return
             value = known.value
@@ -190,6 +196,20 @@ class LossTape(TorchFunctionMode):
                         self._known[id(tensor)].value = value
                 except Exception:  # of outputs that differ in eval mode: then there is no loss of them
                     self._lose(new)
+
+    def _comes_from_outputs(self, tensor: Tensor) -> bool:
+        """Whether outputs are in the graph of a tensor that no function gave that was seen, as of a compiled loss."""
+        if tensor.grad_fn is None:
+            return False
+        seen, waiting = set[Any](), [tensor.grad_fn]
+        while waiting and len(seen) < _MOST_NODES:
+            node = waiting.pop()
+            if node in self._nodes:
+                return True
+            if node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions if before is not None]
+        return False
 
     def _value_of(self, leaf: Any) -> Any:
         known = self._known.get(id(leaf)) if isinstance(leaf, Tensor) else None

@@ -385,7 +385,8 @@ class Monitor:
         layers, noise, ripe, gone_on = {}, {}, {}, {}
         for name, rows in calls.items():
             if rows:
-                mismatch, iid, r, square, tracked, settled = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+                means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+                mismatch, iid, r, square, tracked, settled = means
                 layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5)
                 noise[name], gone_on[name] = iid, settled
                 updates = self.step if math.isnan(tracked) else tracked
@@ -395,7 +396,7 @@ class Monitor:
         pairs = [tuple(islice(values, 2)) for _ in known]
         loss = ModeLoss(*(sum(column) for column in zip(*pairs, strict=True))) if pairs else None
         sizes = [look.samples for look in looks if look.samples is not None]
-        samples = sum(sizes) if len(sizes) == len(looks) else None
+        samples = round(sum(sizes) / len(sizes)) if len(sizes) == len(looks) else None
         self.sample = MonitorSample(self.step, samples, distance, loss, layers)
         self._write(event_of(self.sample))
         changed = {name: gone_on[name] for made in self.changes for name in made.layers if name in layers}

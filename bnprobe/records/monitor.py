@@ -35,8 +35,9 @@ class LayerSample(Record):
 
 @dataclass(frozen=True)
 class ModeLoss(Record):
-    """The loss of one batch in both modes: what the loop calls ``backward()`` on, so that a GradScaler's factor, or the
-    number of batches that it is divided by, is in it.
+    """The loss of one step in both modes: the sum of what the loop calls ``backward()`` on and does not zero again.
+
+    A GradScaler's factor is none of it; the number of batches that the loop divides by is.
     """
 
     train: float
@@ -45,11 +46,11 @@ class ModeLoss(Record):
 
 @dataclass(frozen=True)
 class MonitorSample(Record):
-    """One batch in both modes.
+    """The batches of one step in both modes: one of each call of the model, whose figures are their means.
 
     Attributes:
         step: Optimizer steps before it.
-        samples: In the batch; None where that is not known.
+        samples: In a batch, the mean over the calls; None where that is not known.
         output: Relative L2 distance of the outputs; None where they have none, or are not finite.
         loss: None where the loop's loss could not be computed again.
         layers: Those that normalized with the batch, by name.
