@@ -23,7 +23,18 @@ from torch import distributed
 
 from bnprobe.errors import ProcessError, UsageError
 
-__all__ = ["ALONE", "EVERYTHING", "OPENING", "Share", "World", "beat", "connected", "launched", "waiting"]
+__all__ = [
+    "ALONE",
+    "EVERYTHING",
+    "OPENING",
+    "Share",
+    "World",
+    "beat",
+    "connected",
+    "current_world",
+    "launched",
+    "waiting",
+]
 
 
 OPENING = 2
@@ -386,6 +397,13 @@ def launched() -> World:
         raise ProcessError("RANK and WORLD_SIZE must be whole numbers, as torchrun sets them.") from None
 
 
+def current_world() -> World:
+    """The processes that the caller has connected."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ALONE
+    return World(distributed.get_rank(), distributed.get_world_size())
+
+
 @contextmanager
 def connected() -> Iterator[World]:
     """Connect the processes of a torchrun launch while the block runs.
@@ -400,7 +418,7 @@ def connected() -> Iterator[World]:
     if _connections:
         yield _connections[-1]
     elif distributed.is_available() and distributed.is_initialized():
-        yield World(distributed.get_rank(), distributed.get_world_size())
+        yield current_world()
     elif launched().size == 1:
         yield ALONE
     else:

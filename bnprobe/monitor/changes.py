@@ -18,7 +18,7 @@ from bnprobe.repairs.surgery import replace_everywhere
 TARGETS = {"freeze": "frozen", "renorm": "batch-renorm"}
 """The actions that convert layers, and to what."""
 
-RECALIBRATE, WARN = "recalibrate", "warn"
+RECALIBRATE, UNDO, WARN = "recalibrate", "undo", "warn"
 
 ACTIONS = (*TARGETS, RECALIBRATE)
 """What may be done to the layers of a finding."""

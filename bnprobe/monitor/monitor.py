@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 
 from bnprobe._version import __version__
 from bnprobe.config.spec import ScanSettings
+from bnprobe.distributed import ALONE, current_world
 from bnprobe.errors import BnprobeError, UsageError, warn_user
 from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import copy_tensors
@@ -28,6 +29,7 @@ from bnprobe.monitor.changes import (
     ACTIONS,
     RAMP,
     RECALIBRATE,
+    UNDO,
     WARN,
     Change,
     change,
@@ -40,6 +42,7 @@ from bnprobe.monitor.log import Lines, Sink, event_of, sink_of
 from bnprobe.monitor.loss import LossTape
 from bnprobe.monitor.sampling import FIGURES, Inputs, Look, Sampler, call_model
 from bnprobe.monitor.screening import Screening, updates_to_ripen
+from bnprobe.nn import SyncBatchRenorm
 from bnprobe.numbers import count, joined
 from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
 from bnprobe.stats.theory import equivalent_batch_size
@@ -151,6 +154,8 @@ class Monitor:
         self._losses: list[tuple[Tensor, Tensor] | None] = []
         self._tape = LossTape(self._found_loss)
         self._thread = 0
+        self._world, self._gave_up = ALONE, False
+        self._orders: list[_Order] = []
         self._alarm: int | None = None
         self._rests_until = self._rest = 0
         self._kept: list[Inputs] = []
@@ -167,32 +172,68 @@ class Monitor:
         self.stop()
 
     def start(self) -> None:
-        """Begin to count optimizer steps: as the beginning of a ``with`` block."""
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if several and self._acts:
-            raise UsageError("A monitor changes layers in one process only: in several, on_finding may warn or call.")
-        self._require_alone()
-        self._over = False
-        if self._steps is not None or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        """Begin to count optimizer steps: as the beginning of a ``with`` block, in every process.
+
+        Raises:
+            UsageError: Says what cannot be watched; the same in every process, where layers may be changed in several.
+            OutputError: The log cannot be written.
+        """
+        if self in _running:
             return
-        skipped = {layer.name: layer.reason for layer in self._sampler.layers.skipped}
-        start = {"model": type(self._sampler.model).__name__, "every": self._every, "skipped": skipped}
-        self._write({"event": "start", "step": self.step, "version": __version__, **start})
-        self._steps = register_optimizer_step_post_hook(self._stepped)
+        self._world = current_world()
+        self._require_watchable()
+        self._over = self._gave_up = False
+        if not self._world.is_main and not self._acts:
+            return
+        if self._world.is_main:
+            skipped = {layer.name: layer.reason for layer in self._sampler.layers.skipped}
+            start = {"model": type(self._sampler.model).__name__, "every": self._every, "skipped": skipped}
+            self._write({"event": "start", "step": self.step, "version": __version__, **start})
+        if self._steps is None:
+            self._steps = register_optimizer_step_post_hook(self._stepped)
         _running.append(self)
         self._prepare()
 
-    def _require_alone(self) -> None:
-        """Refuse to change layers that another monitor watches, or to watch layers that another one may change."""
+    def _require_watchable(self) -> None:
+        """Refuse what cannot be watched; where processes change layers together, in all of them or in none."""
+        problem = self._sync_problem() or self._other_problem()
+        if self._acts:
+            names = [layer.name for layer in self._sampler.layers.selected]
+            found = self._world.gather((problem, self.step, self._every, names))
+            problem = next((each for each, *_ in found if each), None)
+            if problem is None and any(each != found[0] for each in found):
+                problem = (
+                    "The monitors of the processes differ in every, their steps or their layers: to change layers in"
+                    " all of them, they must be the same."
+                )
+        if problem:
+            raise UsageError(problem)
+
+    def _sync_problem(self) -> str | None:
+        if self._world.size == 1:
+            return None
+        kinds = nn.SyncBatchNorm | SyncBatchRenorm
+        names = [name for name, module in self._sampler.model.named_modules() if isinstance(module, kinds)]
+        if not names:
+            return None
+        return (
+            f"{joined(names[:3])}{' and others' if names[3:] else ''}: with SyncBatchNorm, layers take the statistics"
+            " of all processes. A sample runs in one, and would wait for the others without an end: such a"
+            " model can be watched in one process only."
+        )
+
+    def _other_problem(self) -> str | None:
+        """That another monitor watches layers that this one may change, or may change layers that this one watches."""
         own = {layer.module: layer.name for layer in self._sampler.layers.selected}
         for other in _running:
             shared = [own[layer.module] for layer in other._sampler.layers.selected if layer.module in own]
-            if other is not self and shared and (self._acts or other._acts):
-                raise UsageError(
+            if shared and (self._acts or other._acts):
+                return (
                     f"Another monitor watches {joined(shared[:3])}{' and others' if shared[3:] else ''} already, and"
                     " on_finding of one of the two changes layers. Give the layers to one monitor: with include and"
                     ' exclude, or on_finding="warn" for both.'
                 )
+        return None
 
     @property
     def _acts(self) -> bool:
@@ -266,14 +307,26 @@ class Monitor:
                 self._finish(looks, losses)
         except Exception as error:  # a log's, too: the user's training goes on
             self._give_up(error)
-            return
+        try:
+            if self._together and self.step and self.step % self._every == 0:
+                self._agree()
+        except Exception as error:
+            self._give_up(error)
+            self.stop()
         finally:
             self._stepping = False
+        if self._over:
+            return
         self.step += 1
         for made in self.changes:
             if made.schedule is not None:
                 made.schedule.advance()
         self._prepare()
+
+    @property
+    def _together(self) -> bool:
+        """Whether layers are changed in several processes: in all of them after the same step."""
+        return self._world.size > 1 and self._acts
 
     def _counts(self, optimizer: Optimizer) -> bool:
         """Whether a step is one of the model: of several optimizers that take turns, the first one counts.
@@ -294,7 +347,9 @@ class Monitor:
 
     def _prepare(self) -> None:
         """Hook the model where the coming step is to be looked at."""
-        if self._over or (self._alarm is None and (self.step == 0 or self.step % self._every)):
+        if self._over or self._gave_up or not self._world.is_main:
+            return
+        if self._alarm is None and (self.step == 0 or self.step % self._every):
             return
         self._keeps = self._alarm is not None
         self._tape = LossTape(self._found_loss)
@@ -365,7 +420,11 @@ class Monitor:
         self._losses.append(found)
 
     def _give_up(self, error: Exception) -> None:
-        self.stop()
+        if self._together:  # the others wait for what this process decides: it tells them in the next step that is due
+            self._gave_up = True
+            self._unhook()
+        else:
+            self.stop()
         text = f"bnprobe.Monitor stopped at step {self.step}, and training goes on: {type(error).__name__}: {error}"
         warn_user(text)
 
@@ -405,8 +464,7 @@ class Monitor:
             self._alarm = self.step
             self._write({"event": "alarm", "step": self.step, "series": raised})
         for made in [each for each in self.changes if self._screening.is_over(each.layers)]:
-            self._take_back(made)
-            self._write({"event": "change", "step": self.step, "action": "undo", "layers": list(made.layers)})
+            self._order(_Order(UNDO, list(made.layers)))
 
     # --- After an alarm -----------------------------------------------------------------------------------------------
 
@@ -465,19 +523,72 @@ class Monitor:
     def _act(self, action: str, finding: MonitorFinding, kept: list[Inputs], size: int) -> None:
         """Change the layers of a finding that are not changed yet; one that cannot be is warned of."""
         changed = {name for made in self.changes for name in made.layers}
+        changed |= {name for order in self._orders for name in order.layers}
         names = [name for name in finding.layers if name not in changed]
-        if not names:
-            return
-        try:
-            if action == RECALIBRATE:
-                take_statistics(self._sampler.model, names, kept, size)
+        if names:
+            self._order(_Order(action, names, kept, size))
+
+    def _order(self, order: _Order) -> None:
+        self._orders.append(order)
+        if not self._together:
+            self._say(self._carry_out_orders())
+
+    def _carry_out_orders(self) -> list[_Order]:
+        """Do what was decided; what could be done."""
+        orders, self._orders = self._orders, []
+        done = []
+        for order in orders:
+            try:
+                self._carry_out(order)
+            except BnprobeError as error:
+                warn_user(f"bnprobe, step {self.step}: no layer was changed: {error}")
             else:
-                self._follow(change(self._sampler.model, action, names, RAMP * self._every))
-                self._screening.forget_over(names)
-        except BnprobeError as error:
-            warn_user(f"bnprobe, step {self.step}: no layer was changed: {error}")
+                done.append(order)
+        return done
+
+    def _carry_out(self, order: _Order) -> None:
+        if order.action == UNDO:
+            self._take_back(next(made for made in self.changes if list(made.layers) == order.layers))
+        elif order.action != RECALIBRATE:
+            self._follow(change(self._sampler.model, order.action, order.layers, RAMP * self._every))
+            self._screening.forget_over(order.layers)
+        elif order.kept:
+            take_statistics(self._sampler.model, order.layers, order.kept, order.size)
+
+    def _agree(self) -> None:
+        """Do in every process what the first one decided since the last step that was due.
+
+        There it is done first. The others get its layers' buffers, too, so that a layer that normalizes with its
+        running statistics is the same everywhere.
+        """
+        done = self._carry_out_orders() if not self._gave_up else []
+        buffers = {name: _buffers(self._sampler.model, name) for order in done for name in order.layers}
+        plain = [(order.action, order.layers) for order in done]
+        decided = self._world.share(None if self._gave_up else (plain, buffers))
+        if decided is None:
+            self.stop()
             return
-        self._write({"event": "change", "step": self.step, "action": action, "layers": names})
+        plain, buffers = decided
+        if not plain:
+            return
+        problem = None
+        try:
+            for action, layers in plain if not self._world.is_main else ():
+                self._carry_out(_Order(action, layers))
+            for name, values in buffers.items():
+                for own, value in zip(_buffers(self._sampler.model, name), values, strict=True):
+                    own.copy_(value)
+        except BnprobeError as error:
+            problem = f"process {self._world.rank}: {error}"
+        if problems := [each for each in self._world.gather(problem) if each]:
+            for made in [made for made in self.changes if (made.action, list(made.layers)) in plain]:
+                self._take_back(made)
+            raise UsageError(f"No layer was changed, since not every process can: {problems[0]}")
+        self._say(done)
+
+    def _say(self, done: Sequence[_Order]) -> None:
+        for order in done:
+            self._write({"event": "change", "step": self.step, "action": order.action, "layers": order.layers})
 
     def _follow(self, made: Change) -> None:
         self.changes.append(made)
@@ -491,6 +602,25 @@ class Monitor:
     def _write(self, event: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink(event)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is to be done to layers.
+
+    Attributes:
+        action: One of ``ACTIONS``, or ``UNDO``.
+        kept, size: The batches of a recalibration, where it is made, and their samples.
+    """
+
+    action: str
+    layers: list[str]
+    kept: list[Inputs] = field(default_factory=list)
+    size: int = 0
+
+
+def _buffers(model: nn.Module, name: str) -> list[Tensor]:
+    return list(model.get_submodule(name).buffers(recurse=False))
 
 
 _running: list[Monitor] = []

@@ -523,12 +523,17 @@ def test_an_exception_in_the_loop_leaves_nothing(place: str, error: type[BaseExc
     torch.manual_seed(3)
     model = Failing()
     optimizer = _sgd(model)
-    with pytest.raises(error), bnprobe.Monitor(model, every=3):
-        for step in range(5):
-            _step(model, optimizer, step)
-            if step == 2 and place == "loss":
-                model(_batch(3)[0]).sum()
-                raise error
+
+    def train() -> None:
+        with bnprobe.Monitor(model, every=3):
+            for step in range(5):
+                _step(model, optimizer, step)
+                if step == 2 and place == "loss":
+                    model(_batch(3)[0]).sum()
+                    raise error
+
+    with pytest.raises(error):
+        train()
     assert_nothing_is_left(model)
     _train(Net(), range(2))
 
