@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 import bnprobe
+from bnprobe.errors import OutputError
 from bnprobe.monitor.log import FILE, LogReader
 from bnprobe.records import MonitorChange
+from support.processes import run_together
 from unit.monitor.test_monitor import _net, _train
 
 LAYERS = {"bn": {"mismatch": 0.2, "equivalent_batch_size": 7.8, "r": 0.9, "d": 0.1}}
@@ -70,3 +77,82 @@ def test_a_log_and_what_was_saved_of_it_are_loaded(tmp_path: Path) -> None:
     assert bnprobe.MonitorLog.load(tmp_path / "run" / FILE) == log
     log.save(tmp_path / "log.json")
     assert bnprobe.MonitorLog.load(tmp_path / "log.json") == log
+
+
+def _fills_the_disk(folder: Path) -> None:
+    """As on a full disk: files cannot grow beyond so many bytes, in the middle of a line."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    model = _net()
+    with warnings.catch_warnings(record=True) as caught, bnprobe.Monitor(model, every=2, log=folder) as monitor:
+        warnings.simplefilter("always")
+        _train(model, range(20))
+    (warning,) = caught
+    assert "training goes on: OutputError: " in str(warning.message)
+    assert monitor.step < 20
+    assert not (folder / "monitor.jsonl").read_text().endswith("\n")
+
+
+def test_a_disk_that_is_full_ends_the_log_and_what_follows_can_be_read(tmp_path: Path) -> None:
+    run_together(1, _fills_the_disk, tmp_path)
+    reader = LogReader(tmp_path)
+    reader.update()
+    before = reader.log.samples
+    assert len(before) >= 2
+    model = _net()
+    monitor = bnprobe.Monitor(model, every=2, log=tmp_path)
+    monitor.step = 40
+    with monitor:
+        _train(model, range(5))
+    assert reader.update()
+    assert reader.log.samples[: len(before)] == before
+    assert [sample.step for sample in reader.log.samples[len(before) :]] == [40, 42, 44]
+    assert reader.log.unreadable == 1  # the line that was cut off
+
+
+def test_a_folder_that_disappears_ends_the_log_and_not_the_training(tmp_path: Path) -> None:
+    model = _net()
+    with bnprobe.Monitor(model, every=2, log=tmp_path / "run") as monitor:
+        _train(model, range(3))
+        shutil.rmtree(tmp_path / "run")
+        with pytest.warns(UserWarning, match="training goes on: OutputError: .*No such file or directory"):
+            _train(model, range(3, 9))
+    assert monitor.step == 4
+    assert not model._forward_pre_hooks
+
+
+def test_a_folder_that_is_named_from_here_stays_the_same_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = _net()
+    with bnprobe.Monitor(model, every=2, log="run"):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        _train(model, range(3))
+    reader = LogReader(tmp_path / "run")
+    reader.update()
+    assert [sample.step for sample in reader.log.samples] == [2]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        bnprobe.Monitor(_net(), log=tmp_path / "file" / "run")
+
+
+def _is_refused(folder: Path) -> None:
+    with pytest.raises(OutputError, match=r"Another monitor writes to .*monitor\.jsonl"):
+        bnprobe.Monitor(_net(), log=folder).start()
+
+
+def test_two_runs_do_not_write_to_one_log_at_once(tmp_path: Path) -> None:
+    model = _net()
+    with bnprobe.Monitor(model, every=2, log=tmp_path):
+        run_together(1, _is_refused, tmp_path)
+        _is_refused(tmp_path)
+        _train(model, range(3))
+    with bnprobe.Monitor(model, every=2, log=tmp_path):  # afterwards they do
+        _train(model, range(3))
+    reader = LogReader(tmp_path)
+    reader.update()
+    assert [sample.step for sample in reader.log.samples] == [2]

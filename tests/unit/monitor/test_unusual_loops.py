@@ -469,6 +469,42 @@ def test_a_discriminator_is_sampled_on_what_is_real_and_on_what_is_not() -> None
     )
 
 
+def test_the_factor_of_a_grad_scaler_is_none_of_the_loss() -> None:
+    model = _net()
+    optimizer, scaler = _sgd(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with bnprobe.Monitor(model, every=3) as monitor:
+        for step in range(4):
+            x, y = _batch(step)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert monitor.sample is not None
+    assert monitor.sample.loss is not None
+    assert monitor.sample.loss.train == pytest.approx(float(loss.detach()))
+
+
+def test_losses_of_one_step_are_added_up_and_those_that_are_zeroed_are_not() -> None:
+    """Also where gradients are set to zero and not away; and where one loss keeps the graph for the other."""
+    model = _still()
+    optimizer = _sgd(model)
+    with bnprobe.Monitor(model, every=3) as monitor:
+        for step in range(4):
+            x, y = _batch(step)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.zero_grad(set_to_none=False)
+            logits = model(x)
+            losses = F.cross_entropy(logits, y), logits.square().mean()
+            losses[0].backward(retain_graph=True)
+            losses[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert monitor.sample is not None
+    assert monitor.sample.loss is not None
+    assert monitor.sample.loss.train == pytest.approx(float(sum(losses).detach()))
+
+
 def test_a_monitor_is_entered_once_and_layers_are_changed_by_one() -> None:
     model = _net()
     with bnprobe.Monitor(model, every=3) as watching:
