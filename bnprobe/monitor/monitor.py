@@ -60,7 +60,7 @@ Response = str | Callable[["Monitor", MonitorFinding], object]
 class Monitor:
     """Watches the norm layers of a model while a loop trains it; the loop stays as it is.
 
-    Every ``every`` optimizer steps it runs the step's batch once more in train and in eval mode: r, d, D and n_eq of
+    Every ``every`` optimizer steps it runs the step's batches once more in train and in eval mode: r, d, D and n_eq of
     every layer against its running statistics, the distance of the outputs, and the loop's own loss in both modes,
     which is what ``eval()`` would cost right now. Sequential tests screen these samples. Where they raise an alarm, the
     next batches are kept and scanned as `bnprobe.scan` does, and what the scan finds is reported. The tests are
@@ -82,7 +82,8 @@ class Monitor:
             "recalibrate" (statistics of the batches that were scanned); or a function that takes the monitor and the
             finding; or a dictionary of these by rule, e.g. ``{"BN203": "recalibrate"}``; the others are warned of.
             Parameters and buffers stay the same objects, so that the optimizer goes on. Layers that were frozen or made
-            Batch Renorm become BN again once the cause is gone: see ``bnprobe.monitor.screening``. In one process only.
+            Batch Renorm become BN again once the cause is gone: see ``bnprobe.monitor.screening``. In several processes
+            all enter the monitor, and change the same layers after the same step, as the first one decides.
         batches: Batches that a scan after an alarm takes.
         false_alarms: See above.
         include, exclude: Globs of the layers to watch, as in a scan.
