@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 from bnprobe._version import __version__
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, current_world
-from bnprobe.errors import BnprobeError, UsageError, warn_user
+from bnprobe.errors import UsageError, warn_user
 from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import copy_tensors
 from bnprobe.monitor.changes import (
@@ -541,7 +541,7 @@ class Monitor:
         for order in orders:
             try:
                 self._carry_out(order)
-            except BnprobeError as error:
+            except Exception as error:  # other processes wait for what is decided
                 warn_user(f"bnprobe, step {self.step}: no layer was changed: {error}")
             else:
                 done.append(order)
@@ -563,7 +563,7 @@ class Monitor:
         running statistics is the same everywhere.
         """
         done = self._carry_out_orders() if not self._gave_up else []
-        buffers = {name: _buffers(self._sampler.model, name) for order in done for name in order.layers}
+        buffers = {name: self._buffers(name) for order in done for name in order.layers}
         plain = [(order.action, order.layers) for order in done]
         decided = self._world.share(None if self._gave_up else (plain, buffers))
         if decided is None:
@@ -577,15 +577,19 @@ class Monitor:
             for action, layers in plain if not self._world.is_main else ():
                 self._carry_out(_Order(action, layers))
             for name, values in buffers.items():
-                for own, value in zip(_buffers(self._sampler.model, name), values, strict=True):
+                for own, value in zip(self._buffers(name), values, strict=True):
                     own.copy_(value)
-        except BnprobeError as error:
+        except Exception as error:  # the others wait for it
             problem = f"process {self._world.rank}: {error}"
         if problems := [each for each in self._world.gather(problem) if each]:
             for made in [made for made in self.changes if (made.action, list(made.layers)) in plain]:
                 self._take_back(made)
             raise UsageError(f"No layer was changed, since not every process can: {problems[0]}")
         self._say(done)
+
+    def _buffers(self, name: str) -> list[Tensor]:
+        (module,) = [layer.module for layer in self._sampler.layers.layers if layer.name == name]
+        return list(module.buffers(recurse=False))
 
     def _say(self, done: Sequence[_Order]) -> None:
         for order in done:
@@ -618,10 +622,6 @@ class _Order:
     layers: list[str]
     kept: list[Inputs] = field(default_factory=list)
     size: int = 0
-
-
-def _buffers(model: nn.Module, name: str) -> list[Tensor]:
-    return list(model.get_submodule(name).buffers(recurse=False))
 
 
 _running: list[Monitor] = []

@@ -87,6 +87,8 @@ class Sampler:
     def __init__(self, model: nn.Module, settings: ScanSettings) -> None:
         self.model, _ = unwrapped(model)
         self.layers: LayerSet = find_layers(self.model, settings.is_selected)
+        # Not the root, nor what plain lists hold.
+        self._registered = dict(self.model.named_modules(remove_duplicate=False)).keys()
         self._settings = settings
         self._changed: frozenset[str] = frozenset()
         self._recent: dict[str, deque[Moments]] = {}
@@ -108,7 +110,8 @@ class Sampler:
     def find_again(self) -> list[str]:
         """Take the layers that now stand in the places of others; the names of those in whose place none stands."""
         now = dict(self.model.named_modules(remove_duplicate=False))
-        moved = [layer.name for layer in self.layers.layers if now.get(layer.name) is not layer.module]
+        own = [layer for layer in self.layers.layers if layer.name in self._registered]
+        moved = [layer.name for layer in own if now.get(layer.name) is not layer.module]
         gone = [name for name in moved if name not in now or family_of(now[name]) is None]
         self.layers = replace(self.layers, layers=tuple(each for each in self.layers.layers if each.name not in gone))
         self.follow((name for name in moved if name not in gone), changed=False)

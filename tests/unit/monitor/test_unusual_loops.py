@@ -536,6 +536,27 @@ def test_layers_that_are_replaced_are_followed_and_those_that_are_gone_are_named
     assert list(monitor.sample.layers) == ["first.1"]
 
 
+def test_layers_that_no_module_holds_by_name_stay_watched() -> None:
+    """The root itself, and those in a plain list."""
+
+    class Listing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norms, self.norm = nn.Linear(FEATURES, CLASSES), [nn.BatchNorm1d(4)], nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.norms[0](self.first(x)))
+
+    for model, names in ((Listing(), {"norm", "norms[0]"}), (nn.BatchNorm1d(FEATURES), {"(root)"})):
+        with bnprobe.Monitor(model, every=3) as monitor:
+            optimizer = _sgd(model)
+            for step in range(5):
+                model(_batch(step)[0]).square().mean().backward()
+                optimizer.step()
+        assert monitor.sample is not None
+        assert monitor.sample.layers.keys() == names
+
+
 @pytest.mark.parametrize(
     ("place", "error"),
     [
