@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -399,7 +399,7 @@ class Monitor:
                             f"bnprobe, step {self.step}: watched no more, since not there any more: {joined(gone)}"
                         )
                     self._look = self._sampler.look(inputs, self._tape.in_eval(inputs))
-                    self._looks.append(self._look)
+                    self._looks.append(replace(self._look, eval=None))  # outputs may be large, and calls many
                 elif self._alarm is not None:  # else the batches are complete with an earlier call of this step
                     self._keep(inputs)
         except Exception as error:  # whatever it is, the user's training goes on
