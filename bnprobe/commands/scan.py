@@ -185,7 +185,7 @@ def _session_of(workload: Workload, settings: ScanSettings, kept: Sequence[Resto
 def _facts(workload: Workload, session: Session) -> Facts:
     """What rules may know of the model and the data alone."""
     return Facts(
-        anatomy(session.layers, workload.model),
+        anatomy(session.layers, workload.model, session.held),  # their flags are those of the last pass
         images=workload.source.images,
         drop_last=workload.source.drop_last,
         held_out=workload.held_out is not None,

@@ -194,18 +194,22 @@ _PROBABILITIES = ("drop_prob", "p", "prob", "drop_path", "drop_rate")
 """What they call their probability."""
 
 
-def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple[Anatomy, ...]:
+def anatomy(
+    layers: LayerSet | Sequence[ProbedLayer], model: nn.Module, held: Sequence[nn.Module] | None = None
+) -> tuple[Anatomy, ...]:
     """Describe the layers (of a set: those selected), in network order. The model's flags come back as they were.
 
     Args:
         layers: Found in ``model``.
         model: Its flags are read as they are after ``model.train()``.
+        held: Modules that the user keeps in eval mode while training; None: those that are in eval mode now, beside a
+            root in train mode.
 
     Raises:
         UserCodeError: The model's own train() raised.
     """
     chosen = layers.selected if isinstance(layers, LayerSet) else layers
-    with _as_in_training(model):
+    with _as_in_training(model, held):
         before, weights, copies = _random_layers_before(model), _weights_before(model), _copies(model)
         names = by_name(model)
         described = [_describe(layer, names, before.get(id(layer.module), ())) for layer in chosen]
@@ -220,11 +224,11 @@ def anatomy(layers: LayerSet | Sequence[ProbedLayer], model: nn.Module) -> tuple
 
 
 @contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
-    """Set the flags as training does; what the user keeps in eval mode beside a root in train mode stays so."""
+def _as_in_training(model: nn.Module, held: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Set the flags as training does; what the user keeps in eval mode stays so."""
     with preserved_settings(model):
         with user_code("calling train() of the model"):
-            set_mode(model, True, held_in_eval(model))
+            set_mode(model, True, held_in_eval(model) if held is None else held)
         yield
 
 
@@ -348,9 +352,14 @@ def _median(variance: Tensor | None) -> float | None:
     return float(variance.detach().double().median())
 
 
-def has_random_layers(model: nn.Module) -> bool:
-    """Whether a layer that is known to be random is active in training, whatever else draws random numbers."""
-    with _as_in_training(model):
+def has_random_layers(model: nn.Module, held: Sequence[nn.Module] | None = None) -> bool:
+    """Whether a layer that is known to be random is active in training, whatever else draws random numbers.
+
+    Args:
+        model: As for ``anatomy``.
+        held: As for ``anatomy``.
+    """
+    with _as_in_training(model, held):
         return any(module.training and probability_of_dropping(module) > 0 for module in model.modules())
 
 

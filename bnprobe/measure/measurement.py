@@ -146,7 +146,7 @@ class Measurement:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
         if not draws.get("train", False):
             return False
-        return not draws["eval"] or has_random_layers(self.session.model)
+        return not draws["eval"] or has_random_layers(self.session.model, self.session.held)
 
     def _does_more(self, random: bool, step: _Step) -> bool:
         """Whether train mode does more than to normalize by batch, so that loss and metric are not those of inference.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bnprobe.errors import UsageError
+from bnprobe.monitor.inputs import INPUTS
 from bnprobe.monitor.sampling import Inputs, call_model
 from bnprobe.nn.limits import RenormSchedule
 from bnprobe.repairs import convert
@@ -93,7 +94,15 @@ def take_back(model: nn.Module, made: Change) -> None:
 
 def take_statistics(model: nn.Module, names: Sequence[str], kept: Sequence[Inputs], size: int) -> None:
     """Replace the running statistics of layers by those of some batches."""
-    recalibrate(model, list(kept), size, forward=call_model, layers=names, batch_size_of=lambda batch: size)
+    recalibrate(
+        model,
+        list(kept),
+        size,
+        forward=call_model,
+        layers=names,
+        include_frozen=True,
+        batch_size_of=lambda batch: size,
+    )
 
 
 def require_response(given: object) -> None:
@@ -109,3 +118,8 @@ def require_response(given: object) -> None:
                 f"on_finding={given!r}: give one of {known}, a function of (monitor, finding), or a dictionary of these"
                 " by rule."
             )
+    if isinstance(given, Mapping) and given.get(INPUTS) in ACTIONS:
+        raise UsageError(
+            f'on_finding={given!r}: "{INPUTS}" is a finding on the data, and has no layers to change. Give "{WARN}" or'
+            " a function of (monitor, finding)."
+        )

@@ -303,6 +303,7 @@ def _sample(event: dict[str, Any]) -> MonitorSample:
             None if layer["equivalent_batch_size"] is None else _figure(layer["equivalent_batch_size"]),
             _figure(layer["r"]),
             _figure(layer["d"]),
+            layer.get("frozen") is True,
         )
         for name, layer in event["layers"].items()
     }

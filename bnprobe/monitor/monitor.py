@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from bnprobe.distributed import ALONE, current_world
 from bnprobe.errors import UsageError, warn_user
 from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import copy_tensors
+from bnprobe.measure.layers import anatomy
 from bnprobe.monitor.changes import (
     ACTIONS,
     RAMP,
@@ -38,13 +39,16 @@ from bnprobe.monitor.changes import (
     take_back,
     take_statistics,
 )
+from bnprobe.monitor.inputs import CAUSE, INPUTS, REMEDY, InputShift
 from bnprobe.monitor.log import Lines, Sink, event_of, sink_of
 from bnprobe.monitor.loss import LossTape
-from bnprobe.monitor.sampling import FIGURES, Inputs, Look, Sampler, call_model
+from bnprobe.monitor.sampling import FIGURES, Hook, Inputs, Look, Sampler, call_model
 from bnprobe.monitor.screening import Screening, updates_to_ripen
+from bnprobe.monitor.updates import Counted, UpdateCount, diagnosed
 from bnprobe.nn import SyncBatchRenorm
 from bnprobe.numbers import count, joined
 from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
+from bnprobe.rules.facts import Facts
 from bnprobe.stats.theory import equivalent_batch_size
 
 if TYPE_CHECKING:
@@ -55,6 +59,9 @@ if TYPE_CHECKING:
 
 Response = str | Callable[["Monitor", MonitorFinding], object]
 """What to do about a finding: an action, "warn", or a function of the monitor and the finding."""
+
+_PARTS = 10
+"""The scores of so many batches are taken from sample to sample."""
 
 
 class Monitor:
@@ -157,6 +164,10 @@ class Monitor:
         self._thread = 0
         self._world, self._gave_up = ALONE, False
         self._orders: list[_Order] = []
+        self._in_train_mode = True
+        self._inputs, self._input_due, self._is_due = InputShift(), False, False
+        self._updates = UpdateCount(lambda: self._is_looking)
+        self._counted: list[dict[str, Counted]] = []
         self._alarm: int | None = None
         self._rests_until = self._rest = 0
         self._kept: list[Inputs] = []
@@ -262,9 +273,11 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with, of plain values."""
         own = {"step": self.step, "alarm": self._alarm, "rest": self._rest, "rests_until": self._rests_until}
+        own["in_train_mode"] = self._in_train_mode
         changes = [each.state() for each in self.changes]
         found = [asdict(each) for each in self.findings]
-        return {**own, "screening": self._screening.state(), "findings": found, "changes": changes}
+        tests = {"screening": self._screening.state(), "inputs": self._inputs.state()}
+        return {**own, **tests, "findings": found, "changes": changes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; a scan that had begun to keep batches keeps new ones.
@@ -279,12 +292,15 @@ class Monitor:
         self._screening.restore(state["screening"])  # first: it may refuse
         self.step, self._alarm = state["step"], state["alarm"]
         self._rest, self._rests_until = state["rest"], state["rests_until"]
+        self._in_train_mode = state["in_train_mode"]
         self.findings = [MonitorFinding(**{**each, "layers": tuple(each["layers"])}) for each in state["findings"]]
         for made in self.changes:
             self._take_back(made)
         for each in state["changes"]:
             self._follow(restored(self._sampler.model, each))
+        self._inputs.restore(state["inputs"])
         self._kept.clear()
+        self._counted.clear()
         if self._steps is not None:
             self._unhook()
             self._prepare()
@@ -294,6 +310,8 @@ class Monitor:
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Runs after a step of any optimizer."""
         if self._over or not self._counts(optimizer):
+            if not self._is_own(optimizer):
+                self._updates.clear()
             return
         self._unhook()
         looks, self._looks, self._look = self._looks, [], None
@@ -304,7 +322,9 @@ class Monitor:
                 raise UsageError("The loop calls a compiled model. Give the monitor what torch.compile returned.")
             if _in_backward():
                 raise UsageError("The optimizer steps within backward(), when the loss and the step are not over.")
-            if looks:
+            if self._alarm is not None:
+                self._counted.append(self._updates.found())
+            elif looks:
                 self._finish(looks, losses)
         except Exception as error:  # a log's, too: the user's training goes on
             self._give_up(error)
@@ -334,11 +354,8 @@ class Monitor:
 
         One that steps twice in a row has taken its place.
         """
-        given = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        if self._own.isdisjoint(given):  # some may have been put in the place of others
-            self._own = {id(parameter) for parameter in self._sampler.model.parameters()}
-            if self._own.isdisjoint(given):
-                return False
+        if not self._is_own(optimizer):
+            return False
         counted, last = self._optimizer(), self._last()
         self._last = ref(optimizer)
         if counted is None or last is optimizer:
@@ -346,21 +363,37 @@ class Monitor:
             return True
         return counted is optimizer
 
+    def _is_own(self, optimizer: Optimizer) -> bool:
+        """Whether it moves a parameter of the model."""
+        given = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        if self._own.isdisjoint(given):  # some may have been put in the place of others
+            self._own = {id(parameter) for parameter in self._sampler.model.parameters()}
+        return not self._own.isdisjoint(given)
+
     def _prepare(self) -> None:
-        """Hook the model where the coming step is to be looked at."""
+        """Hook the model where the coming step is to be looked at, or the scores of its inputs are to be taken."""
         if self._over or self._gave_up or not self._world.is_main:
             return
-        if self._alarm is None and (self.step == 0 or self.step % self._every):
+        due = self._alarm is not None or (self.step > 0 and self.step % self._every == 0)
+        self._input_due = self.step % max(1, self._every // _PARTS) == 0
+        if not (due or self._input_due):
             return
-        self._keeps = self._alarm is not None
+        self._is_due, self._keeps = due, self._alarm is not None
         self._tape = LossTape(self._found_loss)
         self._thread = threading.get_ident()
-        before = self._called.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True)
-        after = self._called.register_forward_hook(_Hook(self._after), with_kwargs=True)
+        before = self._called.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True)
         self._hooks.callback(before.remove)
+        if not due:
+            return
+        if not self._keeps:
+            self._in_train_mode = False  # until a call has shown it
+        after = self._called.register_forward_hook(Hook(self._after), with_kwargs=True)
         self._hooks.callback(after.remove)
         # Before the step, not after it: the optimizer's own functions are none of the loss.
         self._hooks.callback(register_optimizer_step_pre_hook(self._leaves_tape).remove)
+        if not hasattr(self._called, "_orig_mod"):  # compiled code does not call the hooks of layers
+            self._updates.start(self._sampler.layers.selected)
+            self._hooks.callback(self._updates.stop)
 
     def _leaves_tape(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if threading.get_ident() == self._thread:
@@ -376,9 +409,11 @@ class Monitor:
         """Whether a call of the model is one that trains: each of them is an update of the running statistics.
 
         One without gradients is for a log, or the first of the two runs of a checkpoint; one within ``backward()`` is
-        the second of them.
+        the second of them. One in eval mode is of the step if none in train mode is.
         """
-        if self._is_looking or not self._sampler.model.training or not torch.is_grad_enabled():
+        if self._is_looking or not torch.is_grad_enabled():
+            return False
+        if self._in_train_mode and not self._sampler.model.training:
             return False
         return threading.get_ident() == self._thread and not (_in_backward() and self._looks)
 
@@ -389,23 +424,36 @@ class Monitor:
         if not self._is_of_step():
             return
         self._tape.leave()  # what the model computes is none of the loss
-        inputs = args, kwargs
         self._is_looking = True
         try:
             with LossTape.silence():
-                if not self._keeps:
-                    if gone := self._sampler.find_again():
-                        warn_user(
-                            f"bnprobe, step {self.step}: watched no more, since not there any more: {joined(gone)}"
-                        )
-                    self._look = self._sampler.look(inputs, self._tape.in_eval(inputs))
-                    self._looks.append(replace(self._look, eval=None))  # outputs may be large, and calls many
-                elif self._alarm is not None:  # else the batches are complete with an earlier call of this step
-                    self._keep(inputs)
+                self._see((args, kwargs))
         except Exception as error:  # whatever it is, the user's training goes on
             self._give_up(error)
         finally:
             self._is_looking = False
+
+    def _see(self, inputs: Inputs) -> None:
+        """Take the scores of a call's inputs, look at it, or keep its batch."""
+        trains = self._sampler.model.training
+        if self._input_due and trains:
+            self._input_due = False
+            self._inputs.take(self.step, inputs)
+        if not self._is_due:
+            return
+        if self._keeps:
+            if self._alarm is not None:  # else the batches are complete with an earlier call of this step
+                self._keep(inputs)
+            return
+        if trains and not self._in_train_mode:  # what was called before in eval mode was no training
+            self._looks.clear()
+            self._losses.clear()
+            self._tape = LossTape(self._found_loss)
+            self._in_train_mode = True
+        if gone := self._sampler.find_again():
+            warn_user(f"bnprobe, step {self.step}: watched no more, since not there any more: {joined(gone)}")
+        self._look = self._sampler.look(inputs, self._tape.in_eval(inputs))
+        self._looks.append(replace(self._look, eval=None))  # outputs may be large, and calls many
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() or self._look is None or not self._is_of_step():
@@ -435,6 +483,7 @@ class Monitor:
         known = [each for each in losses if each is not None] if None not in losses else []
         parts = [part for look in looks for part in (look.figures.flatten(), look.distance)]
         parts += [value.reshape(1) for pair in known for value in pair]
+        parts += self._inputs.waiting()
         values = iter(torch.cat([part.double().to(device) for part in parts]).tolist())
         calls: dict[str, list[list[float]]] = {layer.name: [] for layer in self._sampler.layers.selected}
         distances = []
@@ -442,28 +491,43 @@ class Monitor:
             for name in look.layers:
                 calls[name].append(list(islice(values, FIGURES)))
             distances.append(list(islice(values, 2)))
+        frozen = frozenset().union(*(look.frozen for look in looks))
         layers, noise, ripe, gone_on = {}, {}, {}, {}
         for name, rows in calls.items():
             if rows:
                 means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
                 mismatch, iid, r, square, tracked, settled = means
-                layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5)
+                layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5, name in frozen)
+                if name in frozen:  # of the calls that completed enough samples
+                    together = [row[-1] for row in rows if not math.isnan(row[-1])]
+                    settled = sum(together) / len(together) if together else math.nan
                 noise[name], gone_on[name] = iid, settled
                 updates = self.step if math.isnan(tracked) else tracked
-                ripe[name] = updates >= self._ripe_from[name]
+                ripe[name] = name in frozen or updates >= self._ripe_from[name]
         difference, norm = (sum(column) for column in zip(*distances, strict=True))
         distance = (difference / norm) ** 0.5 if norm > 0 else None
         pairs = [tuple(islice(values, 2)) for _ in known]
+        self._inputs.update(list(values))
         loss = ModeLoss(*(sum(column) for column in zip(*pairs, strict=True))) if pairs else None
         sizes = [look.samples for look in looks if look.samples is not None]
         samples = round(sum(sizes) / len(sizes)) if len(sizes) == len(looks) else None
         self.sample = MonitorSample(self.step, samples, distance, loss, layers)
         self._write(event_of(self.sample))
         changed = {name: gone_on[name] for made in self.changes for name in made.layers if name in layers}
-        raised = self._screening.update(self.sample, noise, ripe, changed)
-        if raised and self.step >= self._rests_until:
+        # Of batches whose number of samples is not known, no noise is known.
+        fixed = {name: gone_on[name] if samples else math.nan for name in frozen}
+        extra = any(each.extra for each in self._updates.found().values())
+        others = {INPUTS: self._inputs.e_value}
+        raised = self._screening.update(self.sample, noise, ripe, changed, fixed, extra, others)
+        wanted = [each for each in raised if each == INPUTS or self.step >= self._rests_until]
+        if wanted:
+            self._write({"event": "alarm", "step": self.step, "series": wanted})
+        if INPUTS in wanted:
+            message = self._inputs.message()
+            self._inputs.forget()
+            self._tell(MonitorFinding(self.step, self.step, INPUTS, CAUSE, "warning", (), message, REMEDY), [], 0)
+        if set(wanted) - {INPUTS}:
             self._alarm = self.step
-            self._write({"event": "alarm", "step": self.step, "series": raised})
         for made in [each for each in self.changes if self._screening.is_over(each.layers)]:
             self._order(_Order(UNDO, list(made.layers)))
 
@@ -484,19 +548,23 @@ class Monitor:
 
         alarm, self._alarm = self._alarm, None
         assert alarm is not None
+        counted, self._counted = self._counted, []
         self._screening.forget()
-        self.report = scan(
-            self._sampler.model,
-            kept,
-            size,
-            num_batches=len(kept),
-            forward=call_model,
-            batch_size_of=lambda batch: size,  # the others were left out
-            include=self._settings.include,
-            exclude=self._settings.exclude,
-        )
+        with self._sampler.held():
+            self.report = scan(
+                self._sampler.model,
+                kept,
+                size,
+                num_batches=len(kept),
+                forward=call_model,
+                batch_size_of=lambda batch: size,  # the others were left out
+                include=self._settings.include,
+                exclude=self._settings.exclude,
+            )
+            facts = Facts(anatomy(self._sampler.layers, self._sampler.model), scan=self.report.scan)
         known = {each.rule for each in self.findings}
-        found = [each for each in self.report.diagnoses if each.severity != "info"]
+        diagnoses = [*self.report.diagnoses, *diagnosed(counted, self.report.layers, facts)]
+        found = [each for each in diagnoses if each.severity != "info"]
         # What goes on as it was is looked at again less and less often.
         self._rest = self._every if any(each.rule not in known for each in found) else max(2 * self._rest, self._every)
         self._rests_until = self.step + self._rest
@@ -504,17 +572,22 @@ class Monitor:
             finding = MonitorFinding(
                 self.step, alarm, each.rule, each.cause, each.severity, each.layers, each.message, each.remedy
             )
-            self.findings.append(finding)
-            self._write(event_of(finding))
-            response = self._response(finding.rule)
-            if not callable(response) and response != WARN:
-                self._act(response, finding, kept, size)
-            if each.rule in known:
-                continue
-            if callable(response):
-                response(self, finding)
-            else:
-                _warn(finding)
+            self._tell(finding, kept, size)
+
+    def _tell(self, finding: MonitorFinding, kept: list[Inputs], size: int) -> None:
+        """Write a finding down, act on it, and warn of a rule once."""
+        is_known = finding.rule in {each.rule for each in self.findings}
+        self.findings.append(finding)
+        self._write(event_of(finding))
+        response = self._response(finding.rule)
+        if not callable(response) and response != WARN:
+            self._act(response, finding, kept, size)
+        if is_known:
+            return
+        if callable(response):
+            response(self, finding)
+        else:
+            _warn(finding)
 
     # --- What is done about it ----------------------------------------------------------------------------------------
 
@@ -526,6 +599,8 @@ class Monitor:
         changed = {name for made in self.changes for name in made.layers}
         changed |= {name for order in self._orders for name in order.layers}
         names = [name for name in finding.layers if name not in changed]
+        if action != RECALIBRATE:  # a layer in eval mode normalizes with its running statistics already
+            names = [name for name in names if self._sampler.model.get_submodule(name).training]
         if names:
             self._order(_Order(action, names, kept, size))
 
@@ -626,19 +701,6 @@ class _Order:
 
 _running: list[Monitor] = []
 """The monitors that watch at the moment."""
-
-
-class _Hook:
-    """A hook on the model; of a copy or a saved one nothing is left but a function that does nothing."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *given: Any) -> None:
-        self._function(*given)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
 
 
 def _in_backward() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import tensors_of
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot, corrections_of
 from bnprobe.measure.interrupts import Restore, Restoring
-from bnprobe.measure.keepers import keep_structure, keep_values
+from bnprobe.measure.keepers import keep_structure, keep_values, set_flag
 from bnprobe.measure.layers import LayerSet, ProbedLayer, find_layers
 from bnprobe.measure.norms import family_of
 from bnprobe.measure.outputs import floating, square_norm
@@ -37,6 +37,19 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
     return model(*args, **kwargs)
 
 
+class Hook:
+    """A hook on the model; of a copy or a saved one nothing is left but a function that does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Any) -> None:
+        self._function(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
 FIGURES = 6
 """Of each layer, in a look."""
 
@@ -44,7 +57,11 @@ _SMALL = 2**20
 """Values of a tensor beside the model that are put back after a look."""
 
 _RECENT, _ENOUGH = 10, 5
-"""Looks whose batches stand in for the running statistics of a frozen layer, and how many are needed."""
+"""Looks whose batches stand in for the running statistics of a layer that was frozen, and how many are needed."""
+
+TOGETHER = 64
+"""Samples that are taken together at a layer in eval mode: the noise of small batches does it no harm, and hides what
+does."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +70,14 @@ class Look:
 
     Attributes:
         samples: In the batch; None where that is not known.
-        layers: Names of the layers that normalized with the batch, and of those that the monitor changed, in network
-            order.
+        layers: Names of the layers with running statistics that the batch passed through, in network order.
+        frozen: Of these, those that training holds in eval mode, which do not normalize with the batch.
         figures: A row for each of them, float64, shape (layers, 6): D, as of BN without a correction, of the batch
             against the running statistics as they were before the step; what i.i.d. batches that vary as the samples of
             this one do would have; the means of r and of d squared; the updates of the running statistics so far, NaN
             where they are not counted; and D against running statistics that had gone on, which is D itself but for
-            frozen layers, and NaN until that is known.
+            layers that the monitor froze, and NaN until that is known. Of layers that training holds in eval mode that
+            last one is D of the last ``TOGETHER`` samples or more, and NaN where there are not as many new ones.
         distance: |y_train - y_eval|^2 and |y_eval|^2 over all outputs, float64, shape (2,); NaN where they differ in
             form.
         eval: What the model returned in eval mode; None where that is not known.
@@ -67,6 +85,7 @@ class Look:
 
     samples: int | None
     layers: tuple[str, ...]
+    frozen: frozenset[str]
     figures: Tensor
     distance: Tensor
     eval: Any
@@ -137,24 +156,38 @@ class Sampler:
         # Their statistics are those of now: the buffers may have been replaced.
         layers = tuple(replace(layer, info=layer.family.describe(layer.module)) for layer in self.layers.layers)
         found = replace(self.layers, layers=layers)
-        session = Session(self.model, found, UserFunctions(forward=call_model), device, settings=self._settings)
         training, evaluated = Pass(size, size), Pass(size, size, per_sample=samples is not None)
         with ExitStack() as kept:
-            for each in (preserved_random_state(), preserved_settings(self.model), _preserved_by_hooks(self.model)):
+            for each in (preserved_random_state(), self.held(), preserved_settings(self.model)):
                 kept.enter_context(each)
+            kept.enter_context(_preserved_by_hooks(self.model))
             kept.enter_context(_without_autocast_cache())
+            session = Session(self.model, found, UserFunctions(forward=call_model), device, settings=self._settings)
             kept.enter_context(session.installed())
             with self._recording_frozen(training):
                 trained = session.forward("train", inputs, training)[0]
             other = session.forward("eval", inputs if in_eval is None else in_eval, evaluated)[0]
+        frozen = {layer.name for layer in found.selected if layer.index in session.frozen} - self._changed
+        self._recent = {name: each for name, each in self._recent.items() if name in frozen | self._changed}
         names, rows = [], []
         for layer in found.selected:
-            row = self._row(layer, training.records, evaluated.records, size)
+            row = self._row(layer, training.records, evaluated.records, size, layer.name in frozen)
             if row is not None:
                 names.append(layer.name)
                 rows.append(row)
         figures = torch.stack(rows) if rows else torch.empty(0, FIGURES, dtype=torch.float64)
-        return Look(samples, tuple(names), figures, _distance(trained, other), None if in_eval is None else other)
+        distance, known = _distance(trained, other), None if in_eval is None else other
+        return Look(samples, tuple(names), frozenset(frozen), figures, distance, known)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Where training holds the whole model in eval mode, let that be said of what is in it: the root trains."""
+        training = self.model.training
+        set_flag(self.model, True)
+        try:
+            yield
+        finally:
+            set_flag(self.model, training)
 
     @contextmanager
     def _recording_frozen(self, pass_: Pass) -> Iterator[None]:
@@ -179,30 +212,52 @@ class Sampler:
             yield
 
     def _row(
-        self, layer: ProbedLayer, trained: Mapping[Slot, Recorded], evaluated: Mapping[Slot, Recorded], size: int
+        self,
+        layer: ProbedLayer,
+        trained: Mapping[Slot, Recorded],
+        evaluated: Mapping[Slot, Recorded],
+        size: int,
+        frozen: bool,
     ) -> Tensor | None:
-        """A row of figures, the mean over the calls of a layer; None where it does not use its batch by itself."""
-        records = [record for (index, _), record in trained.items() if index == layer.index]
-        calls = [record for record in records if record.by_batch or layer.name in self._changed]
+        """A row of figures, the mean over the calls of a layer; None without calls or running statistics."""
+        calls = [record for (index, _), record in trained.items() if index == layer.index]
         if not calls or layer.info.running_mean is None or layer.info.running_variance is None:
             return None
-        recent = None if calls[0].by_batch else self._recent_statistics(layer, calls[0], size)
+        converted = layer.name in self._changed and not calls[0].by_batch
+        recent = self._recent_statistics(layer, calls[0], size) if converted else None
         samples = calls if recent else [record for (index, _), record in evaluated.items() if index == layer.index]
         values = [corrections_of(record, layer, size) for record in calls]
-        noise = [_noise(record, recent or layer) for record in samples if record.unit == 1]
+        noise = [_noise(record, recent or layer) for record in samples if record.unit == 1 < size]
         mismatch = torch.stack([_uncorrected(each) for each in values]).mean()
         tracked = getattr(layer.module, "num_batches_tracked", None)
         unknown = mismatch.new_full((), torch.nan)
-        gone_on = mismatch if calls[0].by_batch else unknown
+        if frozen:
+            together = self._together(layer, calls[0], size)
+            gone_on = unknown if together is None else _uncorrected(corrections_of(together, layer, size))
+        elif recent is not None:
+            gone_on = _uncorrected(corrections_of(calls[0], recent, size))
+        else:
+            gone_on = unknown if converted else mismatch
         parts = [
             mismatch,
-            torch.stack(noise).mean() if noise and size > 1 else mismatch.new_zeros(()),
+            torch.stack(noise).mean() if noise else mismatch.new_zeros(()),
             torch.stack([each.r.mean() for each in values]).mean(),
             torch.stack([each.d.square().mean() for each in values]).mean(),
             tracked.double() if isinstance(tracked, Tensor) else unknown,
-            gone_on if recent is None else _uncorrected(corrections_of(calls[0], recent, size)),
+            gone_on,
         ]
         return torch.stack([part.to(mismatch) for part in parts])
+
+    def _together(self, layer: ProbedLayer, record: Recorded, size: int) -> Recorded | None:
+        """The last batches at a layer as if they were one, each of them once: what is tested may not overlap."""
+        recent = self._recent.setdefault(layer.name, deque())
+        recent.append(record.per_group(size))
+        if len(recent) * size < TOGETHER:
+            return None
+        self._recent.pop(layer.name)
+        mean, variance = (torch.cat(each) for each in zip(*recent, strict=True))
+        mean, variance = pool_moments(mean, variance, len(mean))
+        return replace(record, mean=mean, variance=variance, unit=size, groups=None, values=record.values * len(recent))
 
     def _recent_statistics(self, layer: ProbedLayer, record: Recorded, size: int) -> ProbedLayer | None:
         """A frozen layer as if its running statistics were those of the last batches that were looked at."""

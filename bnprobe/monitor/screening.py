@@ -9,19 +9,24 @@ from typing import Any
 import numpy as np
 
 from bnprobe.errors import StateError
+from bnprobe.monitor.sampling import TOGETHER
 from bnprobe.numbers import listed
 from bnprobe.records import DEFAULT_THRESHOLD, MonitorSample
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.sequential import MeansAbove, rejected
+from bnprobe.stats.theory import mismatch_iid
 
-LOSS = "loss"
-"""What the loss is called, beside the layers."""
+LOSS, UPDATES = "loss", "updates"
+"""What the loss, and updates of running statistics that no loss is of, are called beside the layers."""
 
 GROSS = 4.0
 """A D of more than so many times its limit is looked into whatever the loss says."""
 
 DOUBLE = 2.0
 """So is a loss that is more often than not beyond this multiple in eval mode, whatever D is."""
+
+FEW_STEPS = 0.1
+"""Extra updates in no more than this part of the samples are not looked into."""
 
 LEFT_ON_START = 0.03
 """Above this weight on what they were at the start, running statistics are not judged."""
@@ -46,10 +51,14 @@ class Screening:
       nor more often smaller in eval mode. At a high learning rate running statistics lag behind the weights in every
       sound run; that is a fault where the loss shows it. Where no loss is known, D alone is judged.
     * Its D is, on average, no more than ``GROSS`` times that limit.
+    * Of a layer that training holds in eval mode this one alone: the D of its last batches, ``TOGETHER`` samples or
+      more of them, is on average no more than the limit of all that is no noise, and the noise of as many values. The
+      loss shows nothing of it.
 
     The limit of D lies between that of noise and that of all else, in proportion to what the samples before were made
     of. The loss raises an alarm where this is rejected: it is in eval mode no more often beyond ``DOUBLE`` times what
-    it is in train mode than not.
+    it is in train mode than not. And so do updates, where this is: no more than ``FEW_STEPS`` of the samples have extra
+    ones.
 
     Args:
         layers: Their names.
@@ -58,7 +67,7 @@ class Screening:
 
     def __init__(self, layers: Sequence[str], alpha: float) -> None:
         self._alpha, self._layers = alpha, list(layers)
-        self._tests = MeansAbove(3 * len(layers) + 3)
+        self._tests = MeansAbove(3 * len(layers) + 4)
         self._over = MeansAbove(len(layers))
         self._noise, self._whole = (np.zeros(len(layers)) for _ in range(2))
         self._first: list[list[float]] = [[] for _ in layers]
@@ -70,8 +79,11 @@ class Screening:
         noise: Mapping[str, float],
         ripe: Mapping[str, bool],
         changed: Mapping[str, float],
+        fixed: Mapping[str, float] | None = None,
+        extra: bool = False,
+        others: Mapping[str, float] | None = None,
     ) -> list[str]:
-        """Take in a sample; the layers that raise an alarm, and ``LOSS``.
+        """Take in a sample; the layers that raise an alarm, ``LOSS``, ``UPDATES``, and those of ``others``.
 
         Args:
             changed: For each layer that was changed after an alarm its D against running statistics that had gone on,
@@ -80,15 +92,24 @@ class Screening:
             sample: The sample.
             noise: For each of its layers the D of i.i.d. batches of this size.
             ripe: For each of its layers whether its running statistics have forgotten their start.
+            fixed: For each layer that training holds in eval mode the D of the last batches together, NaN where it is
+                not known.
+            extra: The step updated running statistics beyond what it was trained by.
+            others: E-values of further hypotheses, by name.
         """
         count = len(self._layers)
         whole, iid, within = (np.full(count, np.nan) for _ in range(3))
+        gross, held = np.full(count, np.nan), fixed or {}
         of_loss, most_noise = np.full(3, np.nan), noise_limit(DEFAULT_THRESHOLD)
         limits = np.array([self._limit(position) for position in range(count)])
+        most = GROSS * limits
         for position, name in enumerate(self._layers):
-            if (layer := sample.layers.get(name)) is not None and ripe[name]:
+            if name in held:
+                gross[position] = held[name]
+                most[position] = mismatch_iid(TOGETHER) + mismatch_iid(DEFAULT_THRESHOLD)
+            elif (layer := sample.layers.get(name)) is not None and ripe[name]:
                 if name not in changed:
-                    whole[position] = layer.mismatch if math.isfinite(layer.mismatch) else math.inf
+                    whole[position] = gross[position] = _finite(layer.mismatch)
                     iid[position] = noise[name]
                 elif not math.isnan(changed[name]):
                     is_within = changed[name] <= self._limit_over(position) and noise[name] <= most_noise
@@ -103,16 +124,17 @@ class Screening:
             of_loss = 2.0 * np.array(seen)  # at most 1 on average, where it is no more often so than not
         self._over.update(within, 1.0)
         self._tests.update(
-            np.concatenate([whole, iid, whole, of_loss]),
-            np.concatenate([limits, np.full(count, most_noise), GROSS * limits, np.ones(3)]),
+            np.concatenate([whole, iid, gross, of_loss, [float(extra)]]),
+            np.concatenate([limits, np.full(count, most_noise), most, np.ones(3), [FEW_STEPS]]),
         )
         # Of hypotheses of which one holds, the smallest e-value is an e-value; of hypotheses that all hold, the mean.
-        beyond, small, gross, (larger, smaller, doubled) = np.split(
+        beyond, small, far, (larger, smaller, doubled, updates) = np.split(
             self._tests.e_values(), [count, 2 * count, 3 * count]
         )
         shown = (larger + smaller) / 2 if self._knows_loss else math.inf
-        evidence = np.concatenate([(np.minimum(beyond, shown) + gross) / 2, small, [doubled]])
-        names = [*self._layers, *self._layers, LOSS]
+        more = others or {}
+        evidence = np.concatenate([(np.minimum(beyond, shown) + far) / 2, small, [doubled, updates, *more.values()]])
+        names = [*self._layers, *self._layers, LOSS, UPDATES, *more]
         return list(dict.fromkeys(names[position] for position in rejected(evidence, self._alpha)))
 
     def _limit(self, position: int) -> float:
@@ -144,7 +166,7 @@ class Screening:
 
     def forget(self) -> None:
         """Begin again, once an alarm was looked into."""
-        for position in range(3 * len(self._layers) + 3):
+        for position in range(3 * len(self._layers) + 4):
             self._tests.forget(position)
 
     def forget_over(self, layers: Iterable[str]) -> None:
@@ -183,6 +205,10 @@ class Screening:
         self._noise, self._whole = np.array(state["noise"]), np.array(state["whole"])
         self._first = [list(each) for each in state["first"]]
         self._knows_loss = state["knows_loss"]
+
+
+def _finite(mismatch: float) -> float:
+    return mismatch if math.isfinite(mismatch) else math.inf
 
 
 def updates_to_ripen(momentum: float | None) -> int:

@@ -25,12 +25,14 @@ class LayerSample(Record):
         equivalent_batch_size: n_eq, the size of an i.i.d. batch that has this D; None if D is 0.
         r: Mean over channels.
         d: Root mean square over channels.
+        frozen: Training holds the layer in eval mode: it normalizes with its running statistics, not with the batch.
     """
 
     mismatch: float
     equivalent_batch_size: float | None
     r: float
     d: float
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class MonitorSample(Record):
         samples: In a batch, the mean over the calls; None where that is not known.
         output: Relative L2 distance of the outputs; None where they have none, or are not finite.
         loss: None where the loop's loss could not be computed again.
-        layers: Those that normalized with the batch, by name.
+        layers: Those with running statistics that the batch passed through, by name.
     """
 
     step: int

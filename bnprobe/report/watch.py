@@ -183,19 +183,23 @@ def _layers(log: MonitorLog, last: MonitorSample, page: Page, most: int) -> list
     found = signs_of_layers(log.findings)
     marks = [Mark(found[name], STYLES[found[name]]) if name in found else Mark() for name in worst]
     shown = [last.layers[name] for name in worst]
+    held = any(layer.frozen for layer in shown)
     columns = [
         Column("n_eq", [equivalent(layer) for layer in shown], "point"),
         Column("D", [or_unmeasured(layer.mismatch, figures.mismatch) for layer in shown], "point"),
         Column("r", [or_unmeasured(layer.r, "{:.2f}".format) for layer in shown], "point"),
         Column("d", [or_unmeasured(layer.d, "{:.2f}".format) for layer in shown], "point"),
+        *([Column("mode", ["eval" if layer.frozen else "train" for layer in shown], "left")] if held else []),
         Column("n_eq over the run", [_curve(log.samples, name, _cells(page)) for name in worst], "left"),
     ]
     names = layer_names(worst, list(last.layers), page, marks)
     more = len(last.layers) - len(worst)
     legend = f"n_eq: {EQUIVALENT}; curves are on a log scale from 1 to 1,000."
+    if held:
+        legend += " A layer in eval mode uses its running statistics, which training leaves as they are."
     return [
         *page.heading(f"{count(len(last.layers), 'layer')} in the last sample{', the worst' if more else ''}"),
-        *table(names, dropping(columns, ("d", "r", "D")), page),
+        *table(names, dropping(columns, ("d", "r", "D", "mode")), page),
         *page.paragraph(legend, "dim"),
     ]
 

@@ -178,6 +178,22 @@ class Exchangeable(_Restarting):
         mean: NDArray[np.float64] = won.mean(1)
         return mean
 
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` takes, of plain values."""
+        kept = self._kept[: self._size].tolist()
+        return {**super().state(), "kept": kept, "draws": self._draws.bit_generator.state}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            ValueError: It is of another number of series.
+        """
+        super().restore(state)
+        self._size = len(state["kept"])
+        self._kept[: self._size] = state["kept"]
+        self._draws.bit_generator.state = state["draws"]
+
     def _p_values(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         """In (0, 1), shape (series,)."""
         before = self._kept[: self._size]

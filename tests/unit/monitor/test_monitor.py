@@ -294,16 +294,18 @@ def test_nothing_is_left_between_samples_nor_afterwards() -> None:
     model = _net()
     attributes = {key: repr(value) for key, value in vars(model).items()}
     optimizer = torch.optim.SGD(model.parameters(), 0.02)
-    with bnprobe.Monitor(model, every=4) as monitor:
-        for step in range(10):
-            due = step > 0 and step % 4 == 0
-            assert bool(model._forward_pre_hooks) == bool(model._forward_hooks) == due
+    with bnprobe.Monitor(model, every=20) as monitor:
+        for step in range(50):
+            due, input_due = step > 0 and step % 20 == 0, step % 2 == 0
+            assert len(model._forward_pre_hooks) == input_due
+            assert len(model._forward_hooks) == len(model.first[1]._forward_hooks) == due
             _step(model, optimizer, step)
             assert not torch.overrides._get_current_function_mode_stack()
-    assert monitor.step == 10
+    assert monitor.step == 50
     assert {key: repr(value) for key, value in vars(model).items()} == attributes
-    _step(model, optimizer, 10)
-    assert monitor.step == 10
+    assert not model.first[1]._forward_hooks
+    _step(model, optimizer, 50)
+    assert monitor.step == 50
 
 
 @pytest.mark.parametrize(("kind", "rule"), [({"size": 2}, "BN201"), ({"sort": True}, "BN202")], ids=["small", "sorted"])
@@ -314,16 +316,89 @@ def test_a_fault_is_found_and_named_once(kind: dict[str, Any], rule: str) -> Non
         _train(model, range(150))
         assert monitor.findings == []
         _train(model, range(150, 450), **kind)
+    assert len({finding.rule for finding in said}) == len(said)
+    # The batches of one class are not like those before, either; batches of another size are not compared.
+    assert ("inputs" in {finding.rule for finding in said}) == ("sort" in kind)
+    said = [finding for finding in said if finding.rule != "inputs"]
     assert rule in {finding.rule for finding in said}
     assert 150 < said[0].alarm <= 250
     assert said[0].step == said[0].alarm + 1 + 15
-    assert len({finding.rule for finding in said}) == len(said)
     assert monitor.report is not None
     assert monitor.report.scan.batches == 16
-    assert [finding.rule for finding in said] == list(dict.fromkeys(each.rule for each in monitor.findings))
+    scanned = [finding for finding in monitor.findings if finding.rule != "inputs"]
+    assert [finding.rule for finding in said] == list(dict.fromkeys(finding.rule for finding in scanned))
     # What goes on as it was is looked at less and less often.
-    scans = sorted({finding.step for finding in monitor.findings})
+    scans = sorted({finding.step for finding in scanned})
     assert len(scans) <= 6
+
+
+def _hold_norms(model: Net) -> None:
+    model.first[1].eval()
+    model.second[1].eval()
+
+
+@pytest.mark.parametrize("hold", [_hold_norms, lambda model: model.eval()], ids=["norms", "all"])
+def test_layers_that_training_holds_in_eval_mode_are_found_once_their_statistics_do_not_fit(
+    hold: Callable[[Net], object],
+) -> None:
+    model, said, events = _net(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
+    responses = lambda monitor, finding: said.append(finding)  # noqa: E731
+    with bnprobe.Monitor(model, every=5, log=events.append, on_finding=responses) as monitor:
+        for step in range(400):
+            if step == 30:
+                hold(model)
+            _step(model, optimizer, step)
+    assert [finding.rule for finding in said] == ["BN105"]
+    assert said[0].alarm > 30
+    assert "The running statistics are frozen (eval mode during training), but weight and bias are" in said[0].message
+    assert monitor.report is not None
+    assert all(layer.train is None for layer in monitor.report.layers)
+    samples = [event for event in events if event["event"] == "sample"]
+    assert {layer["frozen"] for event in samples if event["step"] >= 30 for layer in event["layers"].values()} == {True}
+    assert not any(layer["frozen"] for event in samples if event["step"] < 30 for layer in event["layers"].values())
+    assert not any(module.training for name, module in model.named_modules() if name in ("first.1", "second.1"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 32])
+def test_layers_in_eval_mode_whose_statistics_fit_are_left_alone_whatever_the_batch_size(size: int) -> None:
+    """As in fine-tuning on batches too small for BN: the weights hardly move."""
+    model = _net()
+    _train(model, range(200))
+    _hold_norms(model)
+    alarms: list[dict[str, Any]] = []
+
+    def log(event: dict[str, Any]) -> None:
+        if event["event"] == "alarm":
+            alarms.append(event)
+
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    with bnprobe.Monitor(model, every=2, log=log):
+        for step in range(200, 600):
+            _step(model, optimizer, step, size=size)
+    assert alarms == []
+
+
+def test_a_validation_with_gradients_is_none_of_the_training() -> None:
+    """The model in eval mode, on other data, between two steps: what is sampled is the step's own batch."""
+    model = _net()
+    model.drop.p = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with bnprobe.Monitor(model, every=1) as monitor:
+        for step in range(4):
+            model.eval()
+            model(torch.full((8, FEATURES), 1000.0))
+            model.train()
+            x, y = _batch(step)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+    assert monitor.sample is not None
+    assert monitor.sample.samples == 32
+    assert not any(layer.frozen for layer in monitor.sample.layers.values())
+    assert monitor.sample.loss is not None
+    assert monitor.sample.loss.train == pytest.approx(float(loss.detach()))
 
 
 def test_a_finding_is_a_warning_unless_told_otherwise() -> None:
@@ -533,6 +608,7 @@ def test_a_log_is_a_file_of_lines_or_whatever_takes_scalars(tmp_path: Path) -> N
         ({"every": 0}, "every=0 and batches=16: give at least 1 step and 2 batches"),
         ({"false_alarms": 1.0}, "false_alarms=1.0 is a probability"),
         ({"on_finding": "panic"}, 'on_finding=\'panic\': give one of "warn", "freeze"'),
+        ({"on_finding": {"inputs": "freeze"}}, '"inputs" is a finding on the data, and has no layers to change'),
         ({"log": 3}, "log=3 is nothing that a monitor can write to"),
     ],
 )
