@@ -26,12 +26,11 @@ from bnprobe import __version__
 
 _CAUSES = """Why a monitor misses what it misses:
 
-* **Domain shifts.** Running averages with momentum 0.1 have followed after 20 steps: two samples here, none at
-  `every=100`. From then on both modes agree on the new domain. What is lost is on data of the first one, which no batch
-  of the training shows. A constant that is added to all inputs changes nothing behind a linear layer and BN.
-* **Layers in eval mode** do not use their batch, so no D is judged, and the loss is the same in both modes, also where
-  training diverges. Nothing in a training step tells.
-* **A second forward of the same batch, recomputation.** The momentum is 0.19 in place of 0.1, which costs nothing.
+* **Domain shifts** are seen at the inputs alone. Running averages with momentum 0.1 have followed after 20 steps: two
+  samples here, none at `every=100`. From then on both modes agree on the new domain. What is lost is on data of the
+  first one, which no batch of the training shows.
+* **Layers in eval mode** are judged once their statistics do not fit, by 64 samples at a time: two batches. Where the
+  weights move little after the fault, they go on fitting.
 * **Momentum that becomes small** leaves statistics as stale as the weights have moved since. Where the loss is less
   than twice as large for it and every D within its limit, it passes.
 * **A batch times 10** is forgotten before D was sampled often enough.

@@ -71,12 +71,13 @@ class Monitor:
     every layer against its running statistics, the distance of the outputs, and the loop's own loss in both modes,
     which is what ``eval()`` would cost right now. Sequential tests screen these samples. Where they raise an alarm, the
     next batches are kept and scanned as `bnprobe.scan` does, and what the scan finds is reported. The tests are
-    anytime-valid: while batches are large enough, no D is on average beyond its limit unless the loss shows nothing of
-    it, and the loss is no more often twice as large in eval mode than not, the probability that a run of any length has
-    an alarm is at most ``false_alarms``; see ``bnprobe.monitor.screening``.
+    anytime-valid: while batches are large enough and exchangeable, no D is on average beyond its limit unless the loss
+    shows nothing of it, the loss is no more often twice as large in eval mode than not, and hardly any step updates the
+    running statistics beyond what it is trained by, the probability that a run of any length has an alarm is at most
+    ``false_alarms``; see ``bnprobe.monitor.screening`` and ``bnprobe.monitor.inputs``.
 
-    Between samples no hook is on the model. Weights, statistics, gradients and the random state are bit-identical to
-    training without a monitor.
+    Between samples there is one hook on the model in ten steps, for means of the inputs, and else none. Weights,
+    statistics, gradients and the random state are bit-identical to training without a monitor.
 
     Args:
         model: What the loop calls: also wrapped by DistributedDataParallel or torch.compile. In several processes the
@@ -88,6 +89,7 @@ class Monitor:
             statistics normalize in training, too), "renorm" (Batch Renorm, whose limits open over ten samples) or
             "recalibrate" (statistics of the batches that were scanned); or a function that takes the monitor and the
             finding; or a dictionary of these by rule, e.g. ``{"BN203": "recalibrate"}``; the others are warned of.
+            A finding on the "inputs" has no layers, so that there is nothing to change.
             Parameters and buffers stay the same objects, so that the optimizer goes on. Layers that were frozen or made
             Batch Renorm become BN again once the cause is gone: see ``bnprobe.monitor.screening``. In several processes
             all enter the monitor, and change the same layers after the same step, as the first one decides.

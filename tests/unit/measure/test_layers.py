@@ -117,6 +117,17 @@ def test_a_layer_that_training_keeps_frozen_is_noted_and_not_flagged(emulate: bo
     assert report.summary.flagged == other.flagged
 
 
+def test_a_layer_that_the_user_holds_in_eval_mode_is_half_frozen_to_a_scan_too() -> None:
+    """Without a train() of the model's own that would hold it there: the flags are those of the last pass otherwise."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    unsettled(model)[0].eval()
+    found = {each.layer: each for each in scan(model, DATA, 2, num_batches=4).verdicts if each.rule == "BN105"}
+    assert found["0"].outcome == "failed"
+    assert found["0"].message.startswith("The running statistics are frozen (eval mode during training)")
+    assert found["2"].outcome == "passed"
+    assert not model[0].training
+
+
 def test_functional_batch_norm_is_listed_with_its_place() -> None:
     report = scan(unsettled(FunctionalNorm()), images(4, 4, 6), 4, num_batches=4)
     (skipped,) = report.skipped

@@ -24,6 +24,7 @@ START = {"event": "start", "step": 0, "version": "0.1.0", "model": "Net", "every
 
 def test_what_a_monitor_writes_is_read_again(tmp_path: Path) -> None:
     model = _net()
+    model.first[1].eval()
     with bnprobe.Monitor(model, every=5, log=tmp_path, on_finding=lambda *_: None) as monitor:
         reader = LogReader(tmp_path)
         _train(model, range(12))
@@ -34,6 +35,10 @@ def test_what_a_monitor_writes_is_read_again(tmp_path: Path) -> None:
     assert reader.update()
     assert (reader.log.model, reader.log.every, reader.log.unreadable) == ("Net", 5, 0)
     assert reader.log.samples[-1] == monitor.sample
+    assert {name: layer.frozen for name, layer in reader.log.samples[-1].layers.items()} == {
+        "first.1": True,
+        "second.1": False,
+    }
     assert list(reader.log.findings) == monitor.findings != []
 
 

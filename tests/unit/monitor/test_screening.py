@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bnprobe.errors import StateError
-from bnprobe.monitor.screening import LOSS, Screening
+from bnprobe.monitor.screening import LOSS, UPDATES, Screening
 from bnprobe.records import LayerSample, ModeLoss, MonitorSample
 from bnprobe.rules.shares import noise_limit
 from bnprobe.stats.theory import mismatch_iid
@@ -87,6 +87,48 @@ def test_without_a_loss_the_mismatch_alone_is_judged_and_with_one_never() -> Non
     mixed = steady(3 * LAG, 0.01, 1.1, 0.9)
     mixed[::3] = [(3 * LAG, 0.01, None)] * len(mixed[::3])
     assert alarm(mixed) is None
+
+
+def of_layer_in_eval_mode(together: list[float], noise: float = 0.0) -> tuple[int, list[str]] | None:
+    """How many samples the first alarm takes where the layer "bn" is held in eval mode; a loss that shows nothing."""
+    screening = Screening(["bn", "other"], 0.05)
+    for number, each in enumerate(together, 1):
+        seen = sample((20 * LAG, noise, ModeLoss(1.0, 1.0)))
+        if raised := screening.update(seen, {"bn": noise}, {"bn": True}, {}, {"bn": each}):
+            return number, raised
+    return None
+
+
+def test_a_layer_in_eval_mode_alarms_by_its_last_batches_together_and_by_nothing_else() -> None:
+    limit = LAG + mismatch_iid(64)
+    assert of_layer_in_eval_mode([0.9 * limit] * 300, noise=10 * NOISE) is None
+    found = of_layer_in_eval_mode([3 * limit] * 300)
+    assert found is not None
+    assert found[0] <= 15
+    assert found[1] == ["bn"]
+    assert of_layer_in_eval_mode([float("nan")] * 300) is None
+    found = of_layer_in_eval_mode([float("nan"), float("nan"), float("inf")])
+    assert found == (3, ["bn"])
+
+
+def test_extra_updates_alarm_where_more_than_a_few_samples_have_them() -> None:
+    def first(pattern: list[bool]) -> tuple[int, list[str]] | None:
+        screening = Screening(["bn"], 0.05)
+        for number, extra in enumerate(pattern, 1):
+            seen = sample((0.5 * LAG, 0.01, ModeLoss(1.0, 1.0)))
+            if raised := screening.update(seen, {"bn": 0.01}, {"bn": True}, {}, extra=extra):
+                return number, raised
+        return None
+
+    assert first([True] * 10) == (3, [UPDATES])
+    assert first(([True] + [False] * 11) * 20) is None
+
+
+def test_another_hypothesis_alarms_by_its_evidence() -> None:
+    screening = Screening(["bn"], 0.05)
+    seen = sample((0.5 * LAG, 0.01, None))
+    assert screening.update(seen, {"bn": 0.01}, {"bn": True}, {}, others={"inputs": 50.0}) == []
+    assert screening.update(seen, {"bn": 0.01}, {"bn": True}, {}, others={"inputs": 500.0}) == ["inputs"]
 
 
 def test_a_restored_screening_goes_on() -> None:

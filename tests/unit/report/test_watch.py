@@ -83,6 +83,17 @@ def test_what_is_not_finite_or_not_known() -> None:
     assert "No layer normalized with its batch in the last sample." in lines
 
 
+def test_layers_in_eval_mode_are_marked_where_there_are_any() -> None:
+    held = _sample(100, [0.1, 0.2])
+    layers = {**held.layers, "layer0.bn": replace(held.layers["layer0.bn"], frozen=True)}
+    lines = _lines(replace(LOG, samples=(replace(held, layers=layers),)), width=100)
+    rows = {line.split()[0]: line.split() for line in lines if ".bn " in line and "step" not in line}
+    assert "eval" in rows["layer0.bn"]
+    assert "train" in rows["layer1.bn"]
+    assert "A layer in eval mode uses its running statistics" in " ".join(lines)
+    assert not any("mode  " in line and "n_eq" in line for line in _lines(LOG))
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 @pytest.mark.parametrize("unicode", [False, True])
 def test_it_fits(width: int, unicode: bool) -> None:
