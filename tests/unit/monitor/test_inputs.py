@@ -68,15 +68,21 @@ def test_a_shift_is_found_within_a_few_samples(draw: Draw) -> None:
 
 
 def test_a_message_says_what_moved_from_what_to_what() -> None:
-    shift, _ = watched(one_channel, 300)
+    shift, end = watched(one_channel, 300)
     text = shift.message()
+    assert end is not None
+    since = int(text.split()[3])
+    seen = [images_.movedim(1, 0).flatten(1)[1] for images_ in map(one_channel, range(max(0, end - 127), end + 1))]
+    before, after = seen[: since - end - 1], seen[since - end - 1 :]
+    means = [float(torch.stack([each.mean() for each in part]).mean()) for part in (before, after)]
+    spreads = [float(torch.stack([each.std() for each in part]).mean()) for part in (before, after)]
     assert "Input 1: the mean went from " in text
     found = re.search(
         r"in channel 1, which went farthest, the mean by (\S+) standard .* deviation to (\S+) times", text
     )
     assert found is not None
-    assert float(found[1]) == pytest.approx(-1 / 2**0.5, abs=0.2)  # of batches of 16 samples
-    assert float(found[2]) == pytest.approx(3, rel=0.1)
+    assert float(found[1]) == pytest.approx((means[1] - means[0]) / spreads[0], rel=0.03)
+    assert float(found[2]) == pytest.approx(spreads[1] / spreads[0], rel=0.03)
     shift, _ = watched(of_one_kind, 300)
     assert "From batch to batch the means of channels vary " in shift.message()
     assert "From batch to batch" not in watched(brighter, 300)[0].message()
