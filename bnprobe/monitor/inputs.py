@@ -119,7 +119,7 @@ class InputShift:
         weights = [[0.25, 0.25, *[0.25 / len(each.chosen)] * (each.series - 2)] for each in watched]
         self._weights = np.array([weight for part in weights for weight in part]) / len(watched)
         series = len(self._weights)
-        self._test = Exchangeable(np.empty((0, series)), self._restarts, _ROWS)
+        self._test = Exchangeable(np.empty((0, series)), self._restarts, _ROWS, signed=True)
         self._growth, self._began = np.zeros(series), np.zeros(series, dtype=np.int64)
 
     def waiting(self) -> list[Tensor]:
@@ -156,7 +156,7 @@ class InputShift:
         part = rows[:, end - each.series : end]
         return (
             f"Since about step {self._lately[since][0]:,} batches are not like those before."
-            f" {_moved(each, part[:since], part[since:])}"
+            f" {_moved(each, part[:since], part[since:], worst - int(end) + each.series)}"
         )
 
     def state(self) -> dict[str, Any]:
@@ -215,12 +215,13 @@ def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-def _moved(watched: _Watched, before: NDArray[np.float64], after: NDArray[np.float64]) -> str:
+def _moved(watched: _Watched, before: NDArray[np.float64], after: NDArray[np.float64], most: int) -> str:
     """How a tensor as a whole and its channel that moved farthest did: sentences.
 
     Args:
         watched: The tensor.
         before, after: Its scores, shape (batches, series).
+        most: The series with the most evidence.
     """
     old, new = before.mean(0), after.mean(0)
     found = (
@@ -239,9 +240,13 @@ def _moved(watched: _Watched, before: NDArray[np.float64], after: NDArray[np.flo
         if abs(stretch[worst] - 1) >= _LITTLE:
             moved.append(f"the standard deviation to {number(float(stretch[worst]))} times what it was")
         found += f"; in channel {watched.chosen[worst]}, which went farthest, {joined(moved)}" if moved else ""
-    noise, now = (float(np.median(rows[:, 2 : 2 + count].std(0, ddof=1))) for rows in (before, after))
-    if min(len(before), len(after)) >= _FEWEST and now > _MORE * noise > 0:
-        found += f". From batch to batch the means of channels vary {number(now / noise)} times as much as before"
+    if min(len(before), len(after)) >= _FEWEST:
+        # From one batch to the next, so that the shift itself counts little.
+        noise, now = (float(np.median(np.abs(np.diff(rows[:, most])))) for rows in (before, after))
+        what = "mean" if most == 0 or 2 <= most < 2 + count else "standard deviation"
+        where = "" if most < 2 or count == 1 else f" of channel {watched.chosen[(most - 2) % count]}"
+        if now > (1 + _SURELY / min(len(before), len(after)) ** 0.5) * noise > 0:
+            found += f". From batch to batch the {what}{where} varies {number(now / noise)} times as much as before"
     return f"{found}."
 
 
@@ -251,5 +256,5 @@ _TINY = 1e-6
 _LITTLE = 0.1
 """Of less, in standard deviations, nothing is said of a channel."""
 
-_FEWEST, _MORE = 5, 1.5
-"""Of fewer batches, and below this factor, nothing is said of how they vary."""
+_FEWEST, _SURELY = 5, 3.0
+"""Of fewer batches nothing is said of how they vary, nor where that may be chance: so many relative errors of it."""

@@ -716,10 +716,7 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 
 def _warn(finding: MonitorFinding) -> None:
-    layers = (
-        f" in {joined(finding.layers[:3])}"
-        if len(finding.layers) <= 3
-        else f" in {count(len(finding.layers), 'layer')}"
-    )
-    where = layers if finding.layers else ""
+    few = 0 < len(finding.layers) <= 3
+    where = joined(finding.layers) if few else count(len(finding.layers), "layer")
+    where = f" in {where}" if finding.layers else ""
     warn_user(f"bnprobe, step {finding.step}: {finding.rule}{where}: {finding.message} Remedy: {finding.remedy}")

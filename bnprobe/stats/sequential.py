@@ -151,13 +151,20 @@ class Exchangeable(_Restarting):
         calibration: Scores of healthy data, shape (rows, series); more than ``most`` are not used.
         seed: Of the random ties and what is dropped, which must not depend on the data.
         most: See above.
+        signed: Small scores are as odd as large ones, and so are scores that come to differ more in both directions:
+            bets on p near 0, near 1, and near either.
     """
 
     def __init__(
-        self, calibration: NDArray[np.float64] | Sequence[Sequence[float]], seed: int = 0, most: int = MOST_KEPT
+        self,
+        calibration: NDArray[np.float64] | Sequence[Sequence[float]],
+        seed: int = 0,
+        most: int = MOST_KEPT,
+        signed: bool = False,
     ) -> None:
         given = np.asarray(calibration, dtype=np.float64)[:most]
-        super().__init__(given.shape[1], len(_HIGH) + len(_LOW))
+        super().__init__(given.shape[1], 3 * len(_HIGH) if signed else len(_HIGH) + len(_LOW))
+        self._signed = signed
         self._draws = np.random.default_rng(seed)
         self._kept = np.empty((most, given.shape[1]))
         self._kept[: len(given)] = given
@@ -172,7 +179,10 @@ class Exchangeable(_Restarting):
         row = np.asarray(scores, dtype=np.float64)
         row = np.where(np.isnan(row), np.inf, row)
         p = self._p_values(row)[:, None]
-        won = np.concatenate([_HIGH * p ** (_HIGH - 1.0), _LOW * (1.0 - p) ** (_LOW - 1.0)], axis=1)
+        ways = [(_HIGH, p), (_LOW, 1.0 - p)]
+        if self._signed:
+            ways = [(_HIGH, p), (_HIGH, 1.0 - p), (_HIGH, 2.0 * np.minimum(p, 1.0 - p))]
+        won = np.concatenate([exponents * each ** (exponents - 1.0) for exponents, each in ways], axis=1)
         self._bet(np.ones(len(row), dtype=bool), won)
         self._keep(row)
         mean: NDArray[np.float64] = won.mean(1)

@@ -256,3 +256,44 @@ def test_a_score_that_is_not_finite_is_the_largest() -> None:
     for _ in range(12):
         test.update([math.nan])
     assert 1_000 < test.e_values()[0] < math.inf
+
+
+def test_scores_that_come_to_differ_more_in_both_directions_are_found_where_they_are_signed() -> None:
+    def first(scale: float, signed: bool) -> int | None:
+        draws = np.random.default_rng(1)
+        test = Exchangeable(np.empty((0, 1)), signed=signed)
+        for row in range(400):
+            test.update([draws.normal() * (scale if row >= 200 else 1.0)])
+            if test.e_values()[0] >= 20:
+                return row
+        return None
+
+    found, otherwise = first(3.0, signed=True), first(3.0, signed=False)
+    assert found is not None
+    assert 200 < found <= 230
+    assert otherwise is None or otherwise > found
+    assert first(1.0, signed=True) is None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_small_scores_are_as_odd_as_large_ones_where_they_are_signed(sign: int) -> None:
+    draws = np.random.default_rng(1).normal(size=(120, 1)) * 0.1
+    draws[100:] += sign
+    test = Exchangeable(np.empty((0, 1)), seed=3, signed=True)
+    for row in draws[:100]:
+        test.update(row)
+    assert test.e_values()[0] < 20
+    for row in draws[100:115]:
+        test.update(row)
+    assert test.e_values()[0] >= 20
+
+
+def test_a_saved_conformal_test_goes_on() -> None:
+    draws = np.random.default_rng(2).normal(size=(300, 2))
+    one, other = (Exchangeable(np.empty((0, 2)), seed=5, most=64, signed=True) for _ in range(2))
+    for row in draws[:150]:
+        one.update(row)
+    other.restore(json.loads(json.dumps(one.state())))
+    for row in draws[150:]:
+        assert np.array_equal(one.update(row), other.update(row))
+    assert np.array_equal(one.e_values(), other.e_values())
