@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -60,10 +61,11 @@ def main() -> int:
         return 0
     wanted = tasks(arguments.quick)
     outcomes = []
-    for outcome in run_all(wanted, arguments.processes):
+    for outcome in run_all(wanted, arguments.processes, arguments.minutes):
         outcomes.append(outcome)
         print(f"{len(outcomes)}/{len(wanted)}: {outcome.network}, {outcome.what}", file=sys.stderr, flush=True)
-    report = render(outcomes, _costs(arguments.quick), time.perf_counter() - started)
+    missing = len(wanted) - len(outcomes)
+    report = render(outcomes, missing, _costs(arguments.quick), time.perf_counter() - started)
     print(report)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def main() -> int:
     return 0
 
 
-def render(outcomes: list[Outcome], costs: list[tables.Row], seconds: float) -> str:
+def render(outcomes: list[Outcome], missing: int, costs: list[tables.Row], seconds: float) -> str:
     """The whole report."""
     healthy = [one for one in outcomes if one.begin is None]
     faulty = [one for one in outcomes if one.begin is not None]
@@ -81,7 +83,7 @@ def render(outcomes: list[Outcome], costs: list[tables.Row], seconds: float) -> 
     problems = [f"* {one.network}, {one.what}, seed {one.seed}: {one.problem}" for one in outcomes if one.problem]
     parts = [
         "# A monitor, while networks train",
-        _circumstances(outcomes, seconds),
+        _circumstances(outcomes, missing, seconds),
         "## False alarms",
         f"Stated: at most {score.RATE:.0%} of runs. Found: {score.share(alarmed, len(healthy))} of {len(healthy)}.",
         markdown(score.false_alarms(healthy)),
@@ -114,10 +116,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only-cost", action="store_true", help="time it, and write that section of RESULTS.md anew")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write RESULTS.md and results.json there")
     parser.add_argument("--processes", type=int, default=2, help="worker processes, of one thread each (default: 2)")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no run later than this (default: no end)"
+    )
     return parser.parse_args()
 
 
-def _circumstances(outcomes: list[Outcome], seconds: float) -> str:
+def _circumstances(outcomes: list[Outcome], missing: int, seconds: float) -> str:
     lines = [
         f"{date.today().isoformat()}, bnprobe {__version__}, {machine(torch.device('cpu'))}, {platform.system()}, load",
         f"{load()}. `python {' '.join(['-m benchmarks.monitor', *sys.argv[1:]])}` took {seconds:.0f} s.",
@@ -125,6 +130,8 @@ def _circumstances(outcomes: list[Outcome], seconds: float) -> str:
         f"{len(outcomes)} runs of {outcomes[0].steps} steps, a sample every {EVERY}. How each is made, and what the",
         "figures mean: [README](README.md).",
     ]
+    if missing:
+        lines += ["", f"{missing} of the {missing + len(outcomes)} runs are missing: the time was over before them."]
     return "\n".join(lines)
 
 

@@ -159,7 +159,7 @@ def test_only_alarms_since_the_fault_detect_it() -> None:
 
 def test_a_report_says_what_was_found_and_which_monitors_stopped() -> None:
     stopped = replace(HEALTHY_RUNS[0], problem="bnprobe.Monitor stopped at step 3")
-    text = render([*HEALTHY_RUNS, stopped, *FAULTY_RUNS], [], 1.0)
+    text = render([*HEALTHY_RUNS, stopped, *FAULTY_RUNS], 0, [], 1.0)
     assert "Stated: at most 5% of runs. Found: 2: 50.0%" in text
     assert f"* mlp, {BASE}, seed 1: bnprobe.Monitor stopped at step 3" in text
 
