@@ -2,7 +2,8 @@
 
 For n values of variance 1, n times the batch variance is chi-squared with n - 1 degrees of freedom. With exact
 running statistics, E[r] = e_n = sqrt(2/n) Gamma(n/2) / Gamma((n-1)/2) and D = 2 (1 - e_n) = 3/(2n) + 7/(16n^2) + ...
-All functions accept real n > 1.
+Of statistics over N values that the n are part of, e_n / e_N takes the place of e_n: their shares of the sum of squares
+around the mean are beta-distributed. All functions accept real n > 1.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ D_MAX = 5.0
 """Final clipping limits of Batch Renorm (Ioffe 2017, section 4.1)."""
 
 
-def mismatch_iid(n: float) -> float:
-    """D for n i.i.d. Gaussian values (dimensionless); tends to 2 as n tends to 1."""
+def mismatch_iid(n: float, population: float = math.inf) -> float:
+    """D for n i.i.d. Gaussian values (dimensionless); tends to 2 as n tends to 1.
+
+    Args:
+        n: Values in a batch.
+        population: Values that the running statistics were taken of, those n among them.
+    """
+    if population < math.inf:
+        return 2.0 - 2.0 * (1.0 - mismatch_iid(n) / 2) / (1.0 - mismatch_iid(population) / 2)
     if n >= _SERIES_FROM:
         return 1.5 / n + 0.4375 / n**2
     if n <= 1.0:
@@ -34,12 +42,18 @@ def mismatch_iid(n: float) -> float:
     return -2.0 * math.expm1(log_e)
 
 
-def equivalent_batch_size(mismatch: float) -> float | None:
+def equivalent_batch_size(mismatch: float, population: float = math.inf) -> float | None:
     """Equivalent batch size n_eq: the n for which i.i.d. Gaussian values give D = ``mismatch``.
+
+    Args:
+        mismatch: D.
+        population: As in `mismatch_iid`.
 
     Returns:
         A number of values, at least 1 (any D of 2 or more gives 1); None for D = 0, which no finite batch gives.
     """
+    if population < math.inf:
+        mismatch = 2.0 - 2.0 * (1.0 - mismatch / 2) * (1.0 - mismatch_iid(population) / 2)
     if mismatch <= 0.0:
         return None
     if mismatch >= 2.0:
