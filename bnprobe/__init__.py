@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bnprobe.commands.profile import profile
     from bnprobe.commands.scan import scan
     from bnprobe.commands.sweep import sweep
+    from bnprobe.commands.table import adjust_table, table
     from bnprobe.commands.verify import verify
     from bnprobe.monitor.monitor import Monitor
     from bnprobe.monitor.shift import ShiftMonitor
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Profile,
         Report,
         SweepReport,
+        TableReport,
         Verification,
     )
     from bnprobe.repairs import convert, deployable_state
@@ -60,8 +62,10 @@ __all__ = [
     "Report",
     "ShiftMonitor",
     "SweepReport",
+    "TableReport",
     "Verification",
     "__version__",
+    "adjust_table",
     "compare",
     "convert",
     "deployable_state",
@@ -74,6 +78,7 @@ __all__ = [
     "report",
     "scan",
     "sweep",
+    "table",
     "verify",
 ]
 
@@ -88,7 +93,9 @@ _HOMES = {
     "Report": "bnprobe.records",
     "ShiftMonitor": "bnprobe.monitor.shift",
     "SweepReport": "bnprobe.records",
+    "TableReport": "bnprobe.records",
     "Verification": "bnprobe.records",
+    "adjust_table": "bnprobe.commands.table",
     "compare": "bnprobe.commands.compare",
     "convert": "bnprobe.repairs",
     "deployable_state": "bnprobe.repairs",
@@ -98,6 +105,7 @@ _HOMES = {
     "recalibrate": "bnprobe.repairs.recalibration",
     "scan": "bnprobe.commands.scan",
     "sweep": "bnprobe.commands.sweep",
+    "table": "bnprobe.commands.table",
     "verify": "bnprobe.commands.verify",
 }
 _SUBMODULES = {"errors", "nn", "report"}

@@ -51,6 +51,8 @@ def count(amount: int, noun: str) -> str:
 
 def plural(noun: str) -> str:
     """Several of a thing, e.g. "layers", "micro-batches"."""
+    if noun.endswith("y") and noun[-2:-1] not in "aeou":
+        return f"{noun[:-1]}ies"
     return f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
 
 

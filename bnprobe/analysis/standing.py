@@ -17,6 +17,7 @@ from bnprobe.records import (
     RepairRecord,
     Report,
     SweepReport,
+    TableReport,
     Verification,
 )
 
@@ -48,6 +49,8 @@ def is_ok(document: Document) -> bool:
             return record.alarm is None
         case MonitorLog():
             return not record.findings
+        case TableReport():
+            return not any(each.off for each in record.batches) and not any(each.differs for each in record.features)
         case Comparison() | Profile():
             return True
     raise TypeError(f"{type(document).__name__} is no document of a command")

@@ -39,6 +39,7 @@ from bnprobe.cli.scan import scan
 from bnprobe.cli.show import show
 from bnprobe.cli.streams import forget_odd_sizes, occupy_closed_streams, say, write_out
 from bnprobe.cli.sweep import SweepCommand, sweep
+from bnprobe.cli.table import table
 from bnprobe.cli.verify import verify
 from bnprobe.cli.watch import watch
 from bnprobe.docstrings import docstring
@@ -107,6 +108,7 @@ for _each in (
     compare,
     profile,
     drift,
+    table,
     show,
     watch,
     export,

@@ -95,6 +95,14 @@ from bnprobe.records.sweep import (
     SweepReport,
     Tracking,
 )
+from bnprobe.records.table import (
+    SkippedFeature,
+    TableAdjustment,
+    TableBatch,
+    TableFeature,
+    TableProjection,
+    TableReport,
+)
 
 __all__ = [
     "BASELINE_STATES",
@@ -184,6 +192,7 @@ __all__ = [
     "Severity",
     "ShareIntervals",
     "Shares",
+    "SkippedFeature",
     "SkippedLayer",
     "Smallest",
     "Source",
@@ -192,6 +201,11 @@ __all__ = [
     "SweepLayer",
     "SweepPoint",
     "SweepReport",
+    "TableAdjustment",
+    "TableBatch",
+    "TableFeature",
+    "TableProjection",
+    "TableReport",
     "Tabular",
     "Tool",
     "Tracking",

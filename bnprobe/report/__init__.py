@@ -21,10 +21,12 @@ from bnprobe.records import (
     Profile,
     Report,
     SweepReport,
+    TableReport,
     Verification,
 )
 from bnprobe.registry import Registry
 from bnprobe.report import (
+    batch_effects,
     compare,
     csv,
     drift,
@@ -63,6 +65,7 @@ DOCUMENTS: Mapping[type, str] = {
     Profile: "a profile",
     DriftReport: "the report of drift",
     MonitorLog: "the log of a monitor",
+    TableReport: "the report of a table",
 }
 """What there is to render, and what messages call it."""
 
@@ -76,6 +79,7 @@ OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
     "export": (ExportReport,),
     "compare": (Comparison,),
     "drift": (DriftReport,),
+    "table": (TableReport,),
 }
 """What the commands give to render; ``bnprobe show`` renders all."""
 
@@ -127,6 +131,7 @@ FORMATS: Registry[Format] = Registry(
                 Profile: drift.render_profile,
                 DriftReport: drift.render,
                 MonitorLog: watch.render,
+                TableReport: batch_effects.render,
             },
             suffix=".txt",
         ),
@@ -147,6 +152,7 @@ FORMATS: Registry[Format] = Registry(
                 RepairReport: html.render_repair,
                 Verification: html.render_verification,
                 MonitorLog: html.render_log,
+                TableReport: html.render_table,
             },
             package="vl_convert",
             extra="html",
@@ -172,6 +178,7 @@ FORMATS: Registry[Format] = Registry(
                 LintReport: markdown.render_lint,
                 Verification: markdown.render_verify,
                 Comparison: markdown.render_compare,
+                TableReport: markdown.render_table,
             },
             suffix=".md",
         ),
@@ -182,6 +189,7 @@ FORMATS: Registry[Format] = Registry(
                 SweepReport: csv.render_layers,
                 Verification: csv.render_layers,
                 Comparison: csv.render_compare,
+                TableReport: csv.render_table,
             },
         ),
     ],

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from io import StringIO
 
 from bnprobe.printable import escaped
-from bnprobe.records import Comparison, LayerPoint, Report, SweepReport, Verification
+from bnprobe.records import Comparison, LayerPoint, Report, SweepReport, TableReport, Verification
+from bnprobe.report import batch_effects
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.rows import Cell, rows
 
@@ -35,6 +36,11 @@ def render_compare(found: Comparison, options: RenderOptions) -> str:
         for layer in found.layers
         for scan, point in zip(found.scans, layer.points, strict=True)
     )
+
+
+def render_table(found: TableReport, options: RenderOptions) -> str:
+    """Every batch in every feature."""
+    return _table(batch_effects.cells(found))
 
 
 def _point(point: LayerPoint | None) -> dict[str, Cell]:

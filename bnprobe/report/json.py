@@ -37,6 +37,7 @@ from bnprobe.records import (
     RepairRecord,
     Report,
     SweepReport,
+    TableReport,
     Verification,
 )
 
@@ -97,6 +98,7 @@ _KINDS: dict[type[Record], tuple[str, str]] = {
     Profile: ("a profile", "bnprobe profile"),
     DriftReport: ("the report of a check for drift", "bnprobe drift --format json"),
     MonitorLog: ("the log of a monitor", "bnprobe show LOG --format json"),
+    TableReport: ("the report of a table", "bnprobe table --format json"),
     Baseline: ("a baseline", "bnprobe scan --write-baseline"),
 }
 """Documents: what each is, and what writes it. Which one a document is, its keys say."""
@@ -311,6 +313,7 @@ SCHEMAS: dict[str, tuple[type[Record], str]] = {
     "baseline": (Baseline, "bnprobe baseline"),
     "profile": (Profile, "bnprobe profile"),
     "drift": (DriftReport, "bnprobe drift"),
+    "table": (TableReport, "bnprobe table"),
 }
 """What there is a schema of: the record and the title."""
 

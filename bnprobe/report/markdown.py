@@ -18,9 +18,10 @@ from bnprobe.records import (
     LintReport,
     Report,
     SkippedLayer,
+    TableReport,
     Verification,
 )
-from bnprobe.report import baseline, compare, figures, lint, verify
+from bnprobe.report import baseline, batch_effects, compare, figures, lint, verify
 from bnprobe.report.charts import mostly
 from bnprobe.report.diagnoses import closing
 from bnprobe.report.layers import sign_of, worse_path, worst_first
@@ -99,6 +100,23 @@ def render_compare(found: Comparison, options: RenderOptions) -> str:
         f"### bnprobe compare: {compare.sign(found)} {prose(compare.one_line(found))}",
         _table(("scan", *columns), [(name, *map(prose, cells)) for name, *cells in scans]),
         _table(("layer", "D, first", "D, last", "change", ""), layers),
+        _folded("Notes", _listed(found.notes)),
+    ]
+    return _document(parts)
+
+
+def render_table(found: TableReport, options: RenderOptions) -> str:
+    """Which batches are off, and the features that differ most."""
+    batches = batch_effects.batch_rows(found)
+    features = batch_effects.feature_rows(batch_effects.farthest_features(found, options.show_all))
+    shown = [(sign, code(name), *map(prose, cells)) for sign, name, *cells in batches]
+    differing = [(code(name), *cells) for name, *cells in features]
+    parts = [
+        f"### bnprobe table: {batch_effects.sign(found)} {prose(batch_effects.one_line(found))}",
+        *map(prose, batch_effects.sentences(found)),
+        _table(("", code(found.batch), *batch_effects.BATCH_HEADINGS), shown),
+        _table(("feature", *batch_effects.FEATURE_HEADINGS), differing),
+        _folded("Features not judged", _listed(batch_effects.skipped(found, options.show_all))),
         _folded("Notes", _listed(found.notes)),
     ]
     return _document(parts)

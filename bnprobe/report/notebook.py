@@ -31,11 +31,13 @@ from bnprobe.records import (
     RepairRecord,
     Report,
     SweepReport,
+    TableReport,
     Verification,
 )
 from bnprobe.report import (
     FORMATS,
     RenderOptions,
+    batch_effects,
     compare,
     drift,
     json,
@@ -105,6 +107,8 @@ def _one_line(document: Document) -> str:
             return f"{document.model}, {drift.one_line(document)}"
         case MonitorLog():
             return f"{document.model or document.path}, {watch.one_line(document)}"
+        case TableReport():
+            return f"{document.data}, {batch_effects.one_line(document)}"
         case Plan():
             refused = f", {len(document.refused)} refused" if document.refused else ""
             return f"{count(len(document.changes), 'layer')} to {document.to}{refused}"

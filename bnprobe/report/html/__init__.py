@@ -5,7 +5,7 @@ What makes pages (Jinja2, Altair, the script of Vega) is imported only where a p
 
 from __future__ import annotations
 
-from bnprobe.records import MonitorLog, Report, SweepReport, Verification
+from bnprobe.records import MonitorLog, Report, SweepReport, TableReport, Verification
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -48,3 +48,11 @@ def render_log(log: MonitorLog, options: RenderOptions) -> str:
     from bnprobe.report.html.page import write
 
     return write(lambda: log_page(log))
+
+
+def render_table(found: TableReport, options: RenderOptions) -> str:
+    """The report of a table."""
+    from bnprobe.report.html.batch_effects import table_page
+    from bnprobe.report.html.page import write
+
+    return write(lambda: table_page(found, options))

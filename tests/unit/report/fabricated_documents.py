@@ -30,11 +30,17 @@ from bnprobe.records import (
     Profile,
     ProfiledLayer,
     Report,
+    SkippedFeature,
     SkippedLayer,
     Smallest,
     SweepLayer,
     SweepPoint,
     SweepReport,
+    TableAdjustment,
+    TableBatch,
+    TableFeature,
+    TableProjection,
+    TableReport,
     Tool,
     Tracking,
     Verdict,
@@ -256,6 +262,74 @@ def undrifted() -> DriftReport:
     return drifted(None, 0.04)
 
 
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def tabled(several: int = 1) -> TableReport:
+    """One of three plates is off in two of three features, one of which has no scale there; adjusted."""
+    differ = ("IL6", "TNF")
+    features = tuple(
+        TableFeature(name, 95, 2.5, 0.8, p, scale, rate, name in differ, part)
+        for name, p, scale, rate, part in (
+            ("IL6", 3e-120, 0.04, 9e-120, 0.93),
+            ("TNF", 2e-8, 0.6, 3e-8, 0.21),
+            ("IL10", 0.4, 0.2, 0.4, 0.0),
+        )
+    )
+    batches = (
+        TableBatch("P1", 48, False, 0.021, 49.2, 0.024, (0.012, 0.041), 0.62, (), (1.02, 0.97, 1.1), (0.1, -0.08, 0.0)),
+        TableBatch("P2", 1, True, 9.4, 1.0, 1.1, (0.2, 3.1), 0.005, differ, (None,) * 3, (5.2, -1.3, 0.02)),
+        TableBatch("P3", 46, False, 0.028, 41.0, 0.025, (0.012, 0.042), 0.4, (), (0.9, 1.3, None), (-0.1, 0.08, None)),
+    )
+    return TableReport(
+        tool=TOOL,
+        data="elisa.csv",
+        batch="plate",
+        covariates=("dose", "age"),
+        rows=95,
+        fdr=0.05,
+        agree=True,
+        population=("P1", "P3"),
+        explained=0.38,
+        batches=batches * several,
+        features=features,
+        skipped=(SkippedFeature("blank", "is constant"), SkippedFeature("spare", "has no values")),
+        adjusted=TableAdjustment("adjusted.csv", "P1", ("P2",), ("blank", "spare"), True, 0.002, 0),
+        projection=TableProjection((0.61, 0.2), (0, 0, 1, 2), ((1.0, 0.2), (1.2, 0.1), (9.0, 3.0), (0.8, 0.0)), ()),
+        notes=("P2 has one row: there is no r, and nothing can be said of the scale.",),
+    )
+
+
+def table_without_effects() -> TableReport:
+    """Nothing differs, and nothing was adjusted; the column of the batch has a name that is no word."""
+    found = tabled()
+    return replace(
+        found,
+        batch="Run ID",
+        covariates=(),
+        explained=0.0,
+        population=("P1", "P2", "P3"),
+        batches=tuple(replace(batch, off=False, differing=()) for batch in found.batches),
+        features=tuple(replace(each, differs=False, rate=0.7, location=0.3, explained=0.0) for each in found.features),
+        skipped=(),
+        adjusted=None,
+        projection=None,
+        notes=(),
+    )
+
+
+def table_without_agreement() -> TableReport:
+    """All batches are off."""
+    found = tabled()
+    return replace(
+        found,
+        agree=False,
+        batches=tuple(replace(batch, off=True) for batch in found.batches),
+        adjusted=replace(found.adjusted, reference=None, mean_only=("P1", "P2", "P3"), shrunk=False, differing=1),
+        projection=replace(found.projection, after=((1.0, 0.2), (1.2, 0.1), (1.0, 0.3), (0.8, 0.0))),
+    )
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "scan": {**fabricated.REPORTS},
     "lint": {"clean": lint_clean, "findings": lint_findings},
@@ -268,6 +342,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "profile": {"few": profiled},
     "drift": {"alarm": drifted, "none": undrifted},
     "log": {**LOGS},
+    "table": {"off": tabled, "none": table_without_effects, "all": table_without_agreement},
 }
 """Documents by kind and name."""
 

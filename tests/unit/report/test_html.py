@@ -23,8 +23,8 @@ from pydantic import TypeAdapter
 
 from bnprobe.errors import UsageError
 from bnprobe.numbers import mismatch
-from bnprobe.records import SOURCES, Gap, Layer, Record, RepairRecord, Report, SweepReport, Verification
-from bnprobe.report import FORMATS, RenderOptions, diagnoses, further, render, sweep, verify, watch
+from bnprobe.records import SOURCES, Gap, Layer, Record, RepairRecord, Report, SweepReport, TableReport, Verification
+from bnprobe.report import FORMATS, RenderOptions, batch_effects, diagnoses, further, render, sweep, verify, watch
 from bnprobe.report import repair as repairs_in_words
 from bnprobe.report.html import network_charts
 from bnprobe.report.html.vega import log_scale
@@ -37,7 +37,7 @@ from bnprobe.stats.theory import mismatch_iid
 from support import repairs
 from support.pages import Page, between, digest, page_of, said
 
-KINDS = ("scan", "sweep", "repair", "verify", "log")
+KINDS = ("scan", "sweep", "repair", "verify", "log", "table")
 PAGES = [case for case in CASES if case[0] in KINDS]
 COMMAND = "bnprobe scan model.py --batch-size 2 --format html"
 
@@ -112,7 +112,7 @@ def test_every_sign_is_a_word_for_those_who_do_not_see_it(page: Page) -> None:
     "shown",
     [
         *(("scan", "batch_sizes"), ("scan", "data_shift"), ("sweep", "momentum"), ("repair", "better")),
-        *(("verify", "large"), ("log", "found"), ("log", "odd")),
+        *(("verify", "large"), ("log", "found"), ("log", "odd"), ("table", "all")),
     ],
     ids="-".join,
 )
@@ -187,7 +187,7 @@ def test_a_report_gives_the_same_bytes_in_another_process(tmp_path: Path) -> Non
     assert found.stdout.strip() == hashlib.sha256(own).hexdigest()
 
 
-RECORDS: dict[str, type[Record]] = {"sweep": SweepReport, "verify": Verification}
+RECORDS: dict[str, type[Record]] = {"sweep": SweepReport, "table": TableReport, "verify": Verification}
 
 
 def test_records_that_were_read_back_give_the_same_page(case: tuple[str, str], page: Page) -> None:
@@ -221,7 +221,8 @@ def test_the_verdict_is_that_of_the_terminal(case: tuple[str, str], page: Page) 
     elif case[0] == "log":
         expected = watch.one_line(found)
     else:
-        expected = verify.closing(found)[1] if case[0] == "verify" else sweep.one_line(found)
+        closings = {"verify": lambda: verify.closing(found)[1], "table": lambda: batch_effects.one_line(found)}
+        expected = closings.get(case[0], lambda: sweep.one_line(found))()
     assert " ".join(expected.split()) in said(page.all("header")[0])
 
 
@@ -382,6 +383,26 @@ def test_the_page_of_a_sweep_has_every_layer_and_the_rates() -> None:
     assert best == {("loaded", "0.3"), ("converged", "cumulative"), ("shifted", "0.3")}
 
 
+def test_the_page_of_a_table_shows_every_batch_and_the_rows_before_and_after() -> None:
+    report: Any = document("table", "all")
+    page = made("table", "all")
+    rows = page.table("3 plates")
+    assert [row["plate"].split()[-1] for row in rows] == ["P1", "P2", "P3"]
+    assert [row["n_eq"] for row in rows] == ["49.2", "1.0", "41.0"]
+    cells = page.data["heatmap-1/rows"]
+    assert [(cell["batch"][-2:], cell["feature"], cell["d"], cell["look"]) for cell in cells[2:5]] == [
+        ("P1", "IL10", "+0", "after"), ("P2", "IL6", "+5.2", "bad"), ("P2", "TNF", "-1.3", "after"),
+    ]  # fmt: skip
+    assert [cell["depth"] for cell in cells[3:5]] == [1.0, 0.65]
+    assert {cell["batch"][-2:] for cell in page.data["heatmap-2/rows"]} == {"P1", "P3"}  # one row has no r
+    for chart, drawn in (
+        ("projection-1/rows", report.projection.before),
+        ("projection-2/rows", report.projection.after),
+    ):
+        assert sorted((row["x"], row["y"]) for row in page.data[chart]) == sorted(drawn)
+    assert sum(row["features"] for row in page.data["p-values-1/rows"]) == len(report.features)
+
+
 def test_the_page_of_a_repair_compares_its_arms_with_intervals_and_seeds() -> None:
     report: Any = document("repair", "better")
     page, proof = made("repair", "better"), report.record.proof
@@ -526,7 +547,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 
 def test_the_row_names_the_documents_it_supports() -> None:
     assert {kind.__name__ for kind in FORMATS["html"].renderers} == {
-        *("Report", "SweepReport", "RepairReport", "Verification", "MonitorLog")
+        *("Report", "SweepReport", "RepairReport", "Verification", "MonitorLog", "TableReport")
     }
 
 
