@@ -30,7 +30,7 @@ BENCHMARKS = (
     "README.md",
     *(
         f"{each}/{name}.md"
-        for each in ("faults", "repairs", "peers", "drift", "monitor", "reversion")
+        for each in ("faults", "repairs", "peers", "drift", "monitor", "reversion", "table")
         for name in ("README", "RESULTS")
     ),
 )
@@ -133,6 +133,11 @@ def generated_pages() -> dict[str, str]:
             "drift.schema.json",
             "JSON report of drift",
             "`bnprobe drift --format json`, and `ShiftMonitor.summary()` in Python.",
+        ),
+        "reference/json-table.md": schema(
+            "table.schema.json",
+            "JSON report of a table",
+            "`bnprobe table --format json`, and `bnprobe.table` in Python.",
         ),
         **{f"rules/{name}": text for name, text in rule_pages().items()},
         **{f"benchmarks/{name}": (REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8") for name in BENCHMARKS},

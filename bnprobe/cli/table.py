@@ -84,7 +84,7 @@ def table(
     """
     from bnprobe.cli.delivery import Delivery
     from bnprobe.cli.processes import importing
-    from bnprobe.paths import placed
+    from bnprobe.paths import placed, real
     from bnprobe.records import TableReport
 
     delivery = Delivery("table", TableReport, format_, output=output, folder=output_dir, force=force, show_all=show_all)
@@ -92,6 +92,8 @@ def table(
     if adjust is None and (reference is not None or mean_only):
         given = "--mean-only" if reference is None else "--reference"
         raise UsageError(f"{given} says how to adjust: give --adjust FILE, too.")
+    if adjust is not None and output is not None and real(adjust) == real(output):
+        raise UsageError(f"--adjust {adjust} is the file of the report, too; give another name.")
     with importing():
         from bnprobe.commands.table import Adjusting, table_report
         from bnprobe.loading.table import Choice

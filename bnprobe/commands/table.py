@@ -292,8 +292,10 @@ def _why_unknown(read: Table, found: Fit, place: int) -> str:
     values = read.values[:, place]
     if np.nanmin(values) == np.nanmax(values):
         return "is constant"
-    if found.known[place] or not read.design.covariates:
-        return "is constant in the batches that agree, or all but constant"
+    if not read.design.covariates and not found.known[place]:
+        return "is all but constant"
+    if found.known[place]:
+        return "is constant in the batches that agree, or has no values there"
     return "is constant but for the covariates, or its rows do not tell the covariates from the batches"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,13 +34,16 @@ Array = np.ndarray
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
 """What separates the fields of text, by the ending of the file's name."""
 
+_LARGEST = 1e100
+"""Of larger numbers there are no squares."""
+
 _MOSTLY = 0.5
 """A column of which more of the values are numbers was meant to hold numbers."""
 
 _PADDED = r"0\d+"
 """Of such values one in a column says that it holds codes, not numbers."""
 
-_LOOKED_AT = 1_000
+_LOOKED_AT = 100
 """Rows of a file in which such values are looked for."""
 
 _NAMES = re.compile(
@@ -184,15 +188,15 @@ class Sheet:
         self.name = name
         self.frame = frame
         self.names = [str(column) for column in frame.columns]
-        double = next((each for place, each in enumerate(self.names) if each in self.names[:place]), None)
-        if double is not None:
+        self._places = {column: place for place, column in enumerate(self.names)}
+        if (double := _double(self.names)) is not None:
             raise DataError(f"{name} has two columns that are called {_quoted(double)}.")
         if not len(frame):
             raise DataError(f"{name} has no rows.")
 
     def column(self, name: str) -> Any:
         """A column by its name."""
-        return self.frame.iloc[:, self.names.index(name)]
+        return self.frame.iloc[:, self._places[name]]
 
     def require(self, name: str) -> None:
         """Refuse a name that no column has.
@@ -246,17 +250,17 @@ class Sheet:
             DataError: Most of its values are numbers, and one is not, or is infinite; says where.
         """
         import pandas as pd
-        from pandas.api.types import is_bool_dtype, is_numeric_dtype
+        from pandas.api.types import is_bool_dtype
 
         column = self.column(name)
         if is_bool_dtype(column.dtype):
             return None
-        if is_numeric_dtype(column.dtype):
+        if name in self._numeric:
             values: Float[Array, " rows"] = column.to_numpy(dtype=np.float64, na_value=np.nan)
         else:
+            there = ~np.asarray(column.isna())
             converted = pd.to_numeric(column.astype(object), errors="coerce")
             values = np.asarray(converted, dtype=np.float64)
-            there = ~np.asarray(column.isna())
             numeric = ~np.isnan(values)
             if not there.any() or (numeric & there).sum() <= _MOSTLY * there.sum() or _is_padded(column[there]):
                 return None
@@ -267,10 +271,26 @@ class Sheet:
                     f"{self.place(int(wrong[0]), name)}: {value} is no number, and most values of this column are."
                     f" Empty cells and NA are missing values; {option('--ignore', name)} leaves the column as it is."
                 )
-        infinite = np.flatnonzero(np.isinf(values))
-        if len(infinite):
-            raise DataError(f"{self.place(int(infinite[0]), name)}: the value is infinite.")
+        self._require_finite(values[:, None], [name])
         return values
+
+    @cached_property
+    def _numeric(self) -> frozenset[str]:
+        """Columns of numbers; neither of truth values nor of text."""
+        from pandas.api.types import is_bool_dtype, is_complex_dtype, is_numeric_dtype
+
+        return frozenset(
+            name
+            for name, dtype in zip(self.names, self.frame.dtypes, strict=True)
+            if is_numeric_dtype(dtype) and not is_bool_dtype(dtype) and not is_complex_dtype(dtype)
+        )
+
+    def _require_finite(self, values: Float[Array, "rows columns"], names: Sequence[str]) -> None:
+        large = np.argwhere(np.abs(values) > _LARGEST)
+        if len(large):
+            row, place = map(int, large[0])
+            what = "infinite" if np.isinf(values[row, place]) else f"beyond {_LARGEST:g}"
+            raise DataError(f"{self.place(row, names[place])}: the value is {what}.")
 
     def measured(
         self, taken: set[str], choice: Choice
@@ -279,15 +299,17 @@ class Sheet:
         free = [name for name in self.names if name not in taken]
         asked = _matching(choice.features, free, "--features", self) if choice.features else free
         ignored = set(_matching(choice.ignore, self.names, "--ignore", self))
-        features: list[str] = []
-        columns: list[Float[Array, " rows"]] = []
+        asked = [name for name in asked if name not in ignored]
+        numeric = [name for name in asked if name in self._numeric]
+        block = self.frame.iloc[:, [self._places[name] for name in numeric]].to_numpy(np.float64, na_value=np.nan)
+        self._require_finite(block, numeric)
+        whole = dict(zip(numeric, block.T, strict=True))
+        columns: dict[str, Float[Array, " rows"]] = {}
         notes = []
         for name in asked:
-            if name in ignored:
-                continue
-            found = self.numbers(name)
+            found = whole[name] if name in whole else self.numbers(name)
             if found is None:
-                if choice.features and name in choice.features:
+                if name in choice.features:
                     raise DataError(f"{self.name}: column {_quoted(name)} of {option('--features')} holds no numbers.")
             elif not choice.features and _names_rows(name, found):
                 notes.append(
@@ -295,15 +317,14 @@ class Sheet:
                     " as a measurement."
                 )
             else:
-                features.append(name)
-                columns.append(found)
-        if not features:
+                columns[name] = found
+        if not columns:
             raise DataError(
                 f"{self.name} has no column of numbers besides {listed([_quoted(each) for each in sorted(taken)])}"
                 + (f" and those of {option('--ignore')}" if ignored else "")
                 + ": there is nothing to measure."
             )
-        return tuple(features), np.column_stack(columns), tuple(notes)
+        return tuple(columns), np.column_stack(list(columns.values())), tuple(notes)
 
     def replaced(self, features: Sequence[str], values: Any, kept: Any) -> Any:
         """A copy with other values."""
@@ -351,6 +372,12 @@ def _names_rows(name: str, values: Float[Array, " rows"]) -> bool:
 def _is_padded(column: Any) -> bool:
     """Whether a value of a column of text begins with a needless 0, as codes do."""
     return bool(column.astype(str).str.fullmatch(_PADDED).any())
+
+
+def _double(names: Sequence[str]) -> str | None:
+    """The first name that comes twice."""
+    times = Counter(names)
+    return next((name for name in names if times[name] > 1), None)
 
 
 def _label(value: Any) -> str:
@@ -432,9 +459,15 @@ class _Text(Sheet):
         """Columns of whole numbers that are written as codes, e.g. 007."""
         from pandas.api.types import is_integer_dtype
 
-        whole = [name for name in self.names if is_integer_dtype(self.column(name).dtype)]
+        whole = [name for name, dtype in zip(self.names, self.frame.dtypes, strict=True) if is_integer_dtype(dtype)]
         raw = self._raw(whole, nrows=_LOOKED_AT)
-        return frozenset(name for place, name in enumerate(raw.columns) if _is_padded(raw.iloc[:, place]))
+        text = raw.to_numpy().astype(str)
+        padded = np.any((np.char.str_len(text) > 1) & np.char.startswith(text, "0"), axis=0).tolist()
+        return frozenset(name for name, code in zip(raw.columns, padded, strict=True) if code)
+
+    @cached_property
+    def _numeric(self) -> frozenset[str]:
+        return super()._numeric - self._codes
 
     def numbers(self, name: str) -> Float[Array, " rows"] | None:
         return None if name in self._codes else super().numbers(name)
@@ -467,8 +500,7 @@ def _header(path: Path, separator: str) -> list[str]:
         raise DataError(f"The table {path} is no text of UTF-8: {first_line_of(error)}.") from None
     if not fields:
         raise DataError(f"{path} is empty.")
-    double = next((each for place, each in enumerate(fields) if each in fields[:place]), None)
-    if double is not None:
+    if (double := _double(fields)) is not None:
         raise DataError(f"{path}, line 1: two columns are called {_quoted(double)}.")
     if len(fields) == 1:
         other = next((words for mark, words in _OTHERS.items() if mark != separator and mark in fields[0]), "")
@@ -497,7 +529,7 @@ def _parsed(path: Path, separator: str, names: Sequence[str], options: dict[str,
                 index_col=False,
                 encoding="utf-8-sig",
                 low_memory=False,
-                **({"float_precision": "round_trip"} | options),
+                **options,
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         found = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
@@ -556,11 +588,9 @@ class _Annotated(Sheet):
         if not places:
             raise DataError(f"{self.name} has no features: there is nothing to measure.")
         values = self._matrix[:, places]
-        infinite = np.argwhere(np.isinf(values))
-        if len(infinite):
-            row, place = map(int, infinite[0])
-            raise DataError(f"{self.place(row, every[places[place]])}: the value is infinite.")
-        return tuple(every[place] for place in places), values, ()
+        names = [every[place] for place in places]
+        self._require_finite(values, names)
+        return tuple(names), values, ()
 
     def replaced(self, features: Sequence[str], values: Any, kept: Any) -> Any:
         places = {str(name): place for place, name in enumerate(self._data.var_names)}

@@ -471,6 +471,8 @@ def _deal(
     inner = np.linalg.pinv(_within(beside, one_hot))
     spread = left.std(0)
     left = left[:, spread > 0] / spread[spread > 0]
+    if not left.shape[1]:
+        return np.zeros((1 + DEALT, len(share)))
     order = np.lexsort((left[:, 0], batch))  # so that the order of the rows does not matter
     left, beside, share, inner = left[order], beside[order], share[:, order], inner[:, order]
     found: list[Float[Array, "some batches"]] = []
@@ -498,7 +500,7 @@ class Figures:
     """The map between normalizing by a batch and by the population; NaN where there is none.
 
     Attributes:
-        mean, std: Of the population, without the effects of the covariates; std is biased.
+        mean, std: Of the population, without the effects of the covariates; std is biased, and 0 where it is rounding.
         r, d, mismatch: As in `bnprobe.stats.moments.corrections`; r of a batch of one value is NaN.
         differs: Whether the batch differs, in location or scale, from the others that agree: in features that differ,
             so that of all such batches and features the expected part of wrong ones is the rate of the features
@@ -531,6 +533,8 @@ def figures(found: Fit, tests: Tests, judged: Judged, design: Design, level: flo
         away = np.square(centre - mean)
         variance = ((judged.population[:, None] * found.squares) + inside * away).sum(0) / number
         own = found.squares / found.counts
+        rounding = np.square(_CONSTANT) * np.maximum(np.square(mean), found.null)
+        variance = np.where(variance > rounding, variance, 0.0)
     usable = found.known & (variance > 0)
     r, d, mismatch = _mismatch(found.centre, own, mean, np.where(usable, variance, np.nan))
     r = np.where(found.counts > 1, r, np.nan)

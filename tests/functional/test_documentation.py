@@ -101,6 +101,7 @@ def test_commands_have_the_options_they_are_shown_with() -> None:
 
 def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(REPOSITORY / "docs" / "examples" / "plates.csv", tmp_path)
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
@@ -137,6 +138,7 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names["monitor"].samples > 0
     assert len(names["log"].findings) == 4
     assert (tmp_path / "page.html").is_file()
+    assert [batch.name for batch in names["effects"].batches if batch.off] == ["P2", "P4"]
     assert "running_mean" in "".join(names["model"].state_dict())
 
 

@@ -101,6 +101,8 @@ def test_the_adjusted_table_replaces_no_file(table: Workspace) -> None:
     assert (table.folder / "out.csv").read_text() == "mine"
     assert table.run("table", "data.csv", *PLATE, "--adjust", "out.csv", "--force").code == FINDINGS
     assert "ends in" in table.run("table", "data.csv", *PLATE, "--adjust", "out.xlsx").error(ERROR)
+    same = ("--adjust", "same.csv", "--format", "csv", "--output", "same.csv")
+    assert "the file of the report, too" in table.run("table", "data.csv", *PLATE, *same).error(ERROR)
     assert "give --adjust FILE" in table.run("table", "data.csv", *PLATE, "--mean-only").error(ERROR)
 
 
@@ -271,6 +273,26 @@ def test_from_python() -> None:
         bnprobe.table(3, batch="plate")
     with pytest.raises(DataError, match="two columns"):
         bnprobe.table(pd.concat([made, made[["IL1"]]], axis=1), batch="plate")
+
+
+def test_features_that_cannot_be_judged_are_said_and_stay_as_they_are() -> None:
+    """Among others one whose batches that agree lack it, and one of truth values, which is no measurement."""
+    made = frame()
+    last = made.plate == "P11"
+    made = made.assign(
+        blank=1.5, spare=np.nan, few=made.IL1.where(made.index < 2), late=made.IL2.where(last), flag=last
+    )
+    report = bnprobe.table(made, batch="plate", covariates=["dose"])
+    assert {each.name: each.reason.partition(",")[0] for each in report.skipped} == {
+        "blank": "is constant",
+        "spare": "has no values",
+        "few": "has 2 values",
+        "late": "is constant in the batches that agree",
+    }
+    assert len(report.features) == len(report.batches[0].d) == 12
+    adjusted = bnprobe.adjust_table(made, batch="plate", covariates=["dose"])
+    for name in ("blank", "spare", "few", "flag"):
+        assert adjusted[name].equals(made[name])
 
 
 def test_columns_that_count_rows_are_no_measurements_and_codes_can_be_categories() -> None:

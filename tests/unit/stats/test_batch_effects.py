@@ -217,6 +217,14 @@ def test_a_batch_of_one_row_and_a_flat_batch() -> None:
     np.testing.assert_allclose(found.mismatch[1, 2], found.d[1, 2] ** 2)
 
 
+def test_features_that_vary_in_the_batch_that_is_off_alone() -> None:
+    values, batch, _ = drawn(40, 3, 4)
+    values[batch != 2] = 0.0
+    *_, judged, found = measured(values, design(batch))
+    assert np.flatnonzero(judged.off).tolist() == [2]
+    assert np.isnan(found.d).all()  # the population has no spread
+
+
 def test_a_batch_that_is_part_of_the_population_has_less_mismatch() -> None:
     values, batch, _ = drawn(24, 4000, 3)
     *_, found = measured(values, design(batch))

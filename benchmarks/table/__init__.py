@@ -1,0 +1,1 @@
+"""Batch effects in tables: bnprobe beside the libraries that have ComBat."""
