@@ -131,7 +131,7 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "run").mkdir()
     shutil.copy(REPOSITORY / "docs" / "examples" / "while_training.jsonl", tmp_path / "run" / "monitor.jsonl")
     shown = list(_fenced("python", REPOSITORY / "docs" / "python.md"))
-    assert len(shown) == 8
+    assert len(shown) == 9
     for text in shown:
         exec(compile(text.replace('device="cuda"', 'device="cpu"'), "python.md", "exec"), names)
     assert names["report"].scan.batches == 32
