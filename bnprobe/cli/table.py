@@ -71,8 +71,10 @@ def table(
     format_: options.ReportFormat = None,
     output: options.Output = None,
     output_dir: options.OutputDir = None,
-    force: options.ForceReport = False,
-    show_all: options.ShowAll = False,
+    force: Annotated[
+        bool, options.option(options.REPORT, "--force", "Replace files that exist, of the report and of --adjust.")
+    ] = False,
+    show_all: Annotated[bool, options.option(options.REPORT, "--all", "Show every batch and feature.")] = False,
     exit_zero: options.ExitZero = False,
 ) -> None:
     """Batch effects in a table of measurements: which batches are off, which features differ, and a table without them.

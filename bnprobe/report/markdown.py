@@ -110,12 +110,13 @@ def render_table(found: TableReport, options: RenderOptions) -> str:
     batches = batch_effects.batch_rows(found)
     features = batch_effects.feature_rows(batch_effects.farthest_features(found, options.show_all))
     shown = [(sign, code(name), *map(prose, cells)) for sign, name, *cells in batches]
-    differing = [(code(name), *cells) for name, *cells in features]
+    differing = [(code(name), *map(prose, cells)) for name, *cells in features]
     parts = [
         f"### bnprobe table: {batch_effects.sign(found)} {prose(batch_effects.one_line(found))}",
         *map(prose, batch_effects.sentences(found)),
         _table(("", code(found.batch), *batch_effects.BATCH_HEADINGS), shown),
         _table(("feature", *batch_effects.FEATURE_HEADINGS), differing),
+        _listed(batch_effects.adjusted(found)),
         _folded("Features not judged", _listed(batch_effects.skipped(found, options.show_all))),
         _folded("Notes", _listed(found.notes)),
     ]

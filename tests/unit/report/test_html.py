@@ -455,7 +455,7 @@ def test_the_page_of_a_verification_has_every_layer_before_and_after() -> None:
     "kind",
     [
         *(("scan", "training"), ("scan", "batch_sizes"), ("sweep", "momentum"), ("repair", "better")),
-        *(("verify", "failed"), ("log", "found")),
+        *(("verify", "failed"), ("log", "found"), ("table", "all")),
     ],
     ids="-".join,
 )

@@ -21,7 +21,7 @@ from fabricated_documents import CASES, document, lint_clean, lint_findings
 from fabricated_parts import report as scanned
 from markdown_it import MarkdownIt
 
-from bnprobe.records import Diagnosis, LintReport, Report, SweepReport, Verdict, Verification
+from bnprobe.records import Diagnosis, LintReport, Report, SweepReport, TableReport, Verdict, Verification
 from bnprobe.report import FORMATS, RenderOptions, render
 from bnprobe.report.findings import MODEL
 from bnprobe.report.page import UNMEASURED
@@ -218,7 +218,7 @@ def html(text: str) -> str:
     return str(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text))
 
 
-@pytest.mark.parametrize("found", [*FOUND, *(document(*case) for case in CASES if case[0] == "verify")])
+@pytest.mark.parametrize("found", [*FOUND, *(document(*case) for case in CASES if case[0] in ("verify", "table"))])
 def test_markdown_begins_with_the_verdict_and_its_tables_are_whole(found: Any) -> None:
     text = render(found, "markdown")
     assert text.startswith("### bnprobe")
@@ -229,7 +229,7 @@ def test_markdown_begins_with_the_verdict_and_its_tables_are_whole(found: Any) -
 
 
 def test_no_name_is_markup() -> None:
-    for text in (render(hostile(), "markdown"), render(_hostile_scan(), "markdown")):
+    for text in (render(found, "markdown") for found in (hostile(), _hostile_scan(), _hostile_table())):
         shown = html(text)
         assert "<script>" not in shown
         assert "<a " not in shown
@@ -244,6 +244,23 @@ def _hostile_scan() -> Report:
     layers = tuple(replace(layer, name=f"{layer.name}{NASTY}", location=f"{NASTY}:3") for layer in found.layers)
     causes = tuple(replace(cause, message=NASTY, remedy=NASTY) for cause in found.diagnoses)
     return replace(found, layers=layers, diagnoses=causes, scan=replace(found.scan, model=NASTY, command=NASTY))
+
+
+def _hostile_table() -> TableReport:
+    found = document("table", "off")
+    assert isinstance(found, TableReport)
+    names = {each.name: f"{each.name}{NASTY}" for each in (*found.batches, *found.features)}
+    return replace(
+        found,
+        data=NASTY,
+        batch=NASTY,
+        batches=tuple(
+            replace(batch, name=names[batch.name], differing=tuple(map(names.__getitem__, batch.differing)))
+            for batch in found.batches
+        ),
+        features=tuple(replace(each, name=names[each.name]) for each in found.features),
+        skipped=tuple(replace(each, name=NASTY) for each in found.skipped),
+    )
 
 
 def test_many_layers_are_folded_and_cut() -> None:
