@@ -91,16 +91,13 @@ def table(
 
     delivery = Delivery("table", TableReport, format_, output=output, folder=output_dir, force=force, show_all=show_all)
     delivery.check([data])
-    if adjust is None and (reference is not None or mean_only):
-        given = "--mean-only" if reference is None else "--reference"
-        raise UsageError(f"{given} says how to adjust: give --adjust FILE, too.")
     if adjust is not None and output is not None and real(adjust) == real(output):
         raise UsageError(f"--adjust {adjust} is the file of the report, too; give another name.")
     with importing():
         from bnprobe.commands.table import Adjusting, table_report
         from bnprobe.loading.table import Choice
     chosen = (options.codes(given or []) for given in (covariates, categorical, features, ignore))
-    how = None if adjust is None else Adjusting(placed(adjust), reference, mean_only, force)
+    how = Adjusting.of(None if adjust is None else placed(adjust), reference, mean_only, force)
     found = table_report(data, Choice(batch, *chosen), how, fdr, seed)
     delivery.deliver(found)
     if adjust is not None:

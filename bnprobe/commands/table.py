@@ -52,16 +52,30 @@ class Adjusting:
     """How a table is adjusted.
 
     Attributes:
-        output: The file that is written; None: none.
+        output: The file that is written.
         reference: The batch that the others are brought to.
         mean_only: Leave the scale as it is.
         force: Whether the file may be replaced.
     """
 
-    output: Path | None = None
-    reference: str | None = None
-    mean_only: bool = False
-    force: bool = False
+    output: Path
+    reference: str | None
+    mean_only: bool
+    force: bool
+
+    @classmethod
+    def of(cls, output: Path | None, reference: str | None, mean_only: bool, force: bool) -> Adjusting | None:
+        """As options say; None where there is no file.
+
+        Raises:
+            UsageError: It is said how to adjust, and not where to.
+        """
+        if output is not None:
+            return cls(output, reference, mean_only, force)
+        if reference is not None or mean_only:
+            given = option("--mean-only", True) if reference is None else option("--reference", reference)
+            raise UsageError(f"{given} says how to adjust: give {option('--adjust', 'FILE')}, too.")
+        return None
 
 
 @from_python
@@ -112,9 +126,7 @@ def table(
         [0, 4]
     """
     choice = Choice(batch, tuple(covariates), tuple(categorical), tuple(features), tuple(ignore))
-    how = None
-    if adjust is not None:
-        how = Adjusting(Path(adjust), reference, mean_only, force)
+    how = Adjusting.of(None if adjust is None else Path(adjust), reference, mean_only, force)
     return table_report(data, choice, how, fdr, seed)
 
 
@@ -166,7 +178,7 @@ def table_report(
     """
     if not 0 < fdr < 1:
         raise UsageError(f"{option('--fdr', fdr)}: give a number between 0 and 1.")
-    if how is not None and how.output is not None:
+    if how is not None:
         _require_output(how, data)
     read = _read(data, choice)
     reference = None if how is None else _place(read, how.reference)
@@ -181,7 +193,7 @@ def table_report(
     measured = figures(found, tests, judged, design, fdr)
     usable = np.isfinite(measured.std) & (measured.std > 0) & found.known
     adjusted = None if how is None else adjust(read.values, design, reference, how.mean_only)
-    if adjusted is not None and how is not None and how.output is not None:
+    if adjusted is not None and how is not None:
         content = read.written(adjusted.values, adjusted.left, how.output.suffix.lower())
         write_all({how.output: content}, how.force, "--adjust")
     kept = np.flatnonzero(usable)
@@ -222,7 +234,6 @@ def table_report(
 
 def _require_output(how: Adjusting, data: Any) -> None:
     output = how.output
-    assert output is not None
     able = endings(data)
     if output.suffix.lower() not in able:
         raise UsageError(f"{option('--adjust', output)}: give a file that ends in {listed(able)}.")
@@ -320,7 +331,7 @@ def _adjustment(read: Table, adjusted: Adjusted, how: Adjusting, fdr: float) -> 
     tests = test_features(again, read.design)
     names = read.design.batches
     return TableAdjustment(
-        output=None if how.output is None else str(how.output),
+        output=str(how.output),
         reference=how.reference,
         mean_only=tuple(name for name, alone in zip(names, adjusted.mean_only, strict=True) if alone),
         unchanged=tuple(read.features[place] for place in np.flatnonzero(adjusted.left)),

@@ -77,7 +77,7 @@ class TableAdjustment(Record):
     """The table with location and scale of the batches put right, as it was measured again.
 
     Attributes:
-        output: The file; None where there is none.
+        output: The file.
         reference: The batch that the others were brought to; None: the mean of all.
         mean_only: Batches of which the location alone was adjusted.
         unchanged: Features that were left as they are.
@@ -86,7 +86,7 @@ class TableAdjustment(Record):
         differing: Features that differ between batches now.
     """
 
-    output: str | None
+    output: str
     reference: str | None
     mean_only: tuple[str, ...]
     unchanged: tuple[str, ...]

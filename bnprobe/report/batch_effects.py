@@ -97,9 +97,8 @@ def adjusted(found: TableReport) -> Iterator[str]:
         return
     name, several = noun(found), plural(noun(found))
     to = f"those of {name} {how.reference}" if how.reference is not None else f"the mean of all {several}"
-    where = f"{how.output}: " if how.output else ""
     keeps = f" Effects of {joined(found.covariates)} are kept." if found.covariates else ""
-    yield f"{where}location and scale of the {several} brought to {to}.{keeps}"
+    yield f"{how.output}: location and scale of the {several} brought to {to}.{keeps}"
     differ = count(how.differing, "feature") if how.differing else "no feature"
     yield (
         f"Measured again: the {name} explains {percent(how.explained)} of the variance, and {differ}"

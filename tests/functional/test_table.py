@@ -269,6 +269,8 @@ def test_from_python() -> None:
     assert bnprobe.table(adjusted, batch="plate", covariates=["dose"]).ok
     with pytest.raises(UsageError, match="Leave it out of covariates"):
         bnprobe.table(made, batch="plate", covariates=["plate"])
+    with pytest.raises(UsageError, match="mean_only=True says how to adjust: give adjust='FILE', too"):
+        bnprobe.table(made, batch="plate", mean_only=True)
     with pytest.raises(UsageError, match="A table is a path"):
         bnprobe.table(3, batch="plate")
     with pytest.raises(DataError, match="two columns"):

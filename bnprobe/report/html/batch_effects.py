@@ -25,7 +25,7 @@ from bnprobe.report.html.page import (
 )
 from bnprobe.report.html.parts import points, reproduce
 from bnprobe.report.html.vega import LINES, altair, colour, drawing, drawn_from, finished, hue, rounded, told, y_axis
-from bnprobe.report.page import FINE, FLAGGED, UNMEASURED, RenderOptions
+from bnprobe.report.page import FINE, FLAGGED, UNMEASURED, Page, RenderOptions
 
 _MOST_FEATURES = 60
 """Columns of the picture of batches and features."""
@@ -38,6 +38,9 @@ _MOST_ROWS = 500
 
 _LINE = 18
 """Pixels of a batch."""
+
+_LABEL = 24
+"""Characters of a name beside an axis."""
 
 _FULL = {"d": 2.0, "r": 1.0}
 """Where the colour is deepest: d, and the logarithm of r to the base 2."""
@@ -154,16 +157,21 @@ def _drawn_features(found: TableReport) -> list[int]:
 def cells(found: TableReport, shown: Sequence[TableBatch], places: Sequence[int], name: str) -> dict[str, Any]:
     """A rectangle for each batch and feature: the colour says the direction, its depth how far."""
     alt = altair()
+    page = Page(80, unicode=True)
+    of_batches = page.shorten([batch.name for batch in shown], _LABEL)
+    of_features = page.shorten([found.features[place].name for place in places], _LABEL)
     rows = []
-    for batch in shown:
-        for place in places:
+    for batch, label in zip(shown, of_batches, strict=True):
+        for place, feature in zip(places, of_features, strict=True):
             r, d = batch.r[place], batch.d[place]
             value = d if name == "d" else None if not r else math.log2(r)
             if value is None:
                 continue
             rows.append(
                 {
-                    "batch": f"{FLAGGED} {batch.name}" if batch.off else batch.name,
+                    "row": f"{FLAGGED} {label}" if batch.off else label,
+                    "column": feature,
+                    "batch": batch.name,
                     "feature": found.features[place].name,
                     "look": "bad" if value > 0 else "after",
                     "depth": rounded(min(abs(value) / _FULL[name], 1.0)),
@@ -173,11 +181,11 @@ def cells(found: TableReport, shown: Sequence[TableBatch], places: Sequence[int]
                 }
             )
     x = alt.X(
-        "feature:N",
+        "column:N",
         sort=None,
-        axis=alt.Axis(title=None, labelAngle=-90, labelLimit=120, ticks=False, labels=name == "r", domain=False),
+        axis=alt.Axis(title=None, labelAngle=-90, labelLimit=0, ticks=False, labels=name == "r", domain=False),
     )
-    y = alt.Y("batch:N", sort=None, axis=alt.Axis(title=None, labelLimit=160, ticks=False, domain=False))
+    y = alt.Y("row:N", sort=None, axis=alt.Axis(title=None, labelLimit=0, ticks=False, domain=False))
     chart = drawn_from("rows")
     tooltip = told(("batch", ""), ("feature", "feature"), ("d", "d"), ("r", "r"), ("differs", ""))
     return finished(
