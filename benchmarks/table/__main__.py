@@ -24,7 +24,8 @@ from benchmarks.setting import machine
 from benchmarks.table.libraries import LIBRARIES, Drawn, drawn
 from benchmarks.timing import interleave
 from bnprobe import __version__
-from bnprobe.stats.batch_effects import Covariate, Design, adjust, figures, fit, judge, test_features
+from bnprobe.stats.adjustment import adjust
+from bnprobe.stats.batch_effects import Covariate, Design, figures, fit, judge, test_features
 
 SIZES = ((50, 20_000, 5), (500, 2_000, 8))
 """Rows, features and batches."""

@@ -25,12 +25,11 @@ from bnprobe.records import (
     TableReport,
     Tool,
 )
+from bnprobe.stats.adjustment import Adjusted, adjust
 from bnprobe.stats.batch_effects import (
-    Adjusted,
     Figures,
     Fit,
     Judged,
-    adjust,
     figures,
     fit,
     judge,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.table.libraries import LIBRARIES, drawn
-from bnprobe.stats.batch_effects import adjust
+from bnprobe.stats.adjustment import adjust
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bnprobe.stats.batch_effects import Covariate, Design, adjust, figures, fit, judge, projected, test_features
+from bnprobe.stats.adjustment import adjust
+from bnprobe.stats.batch_effects import Covariate, Design, figures, fit, judge, projected, test_features
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 Array = np.ndarray
