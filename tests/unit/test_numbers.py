@@ -24,7 +24,14 @@ def test_a_small_percentage_keeps_a_digit(fraction: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("amount", "noun", "text"),
-    [(1, "layer", "1 layer"), (0, "layer", "0 layers"), (1200, "batch", "1,200 batches"), (2, "class", "2 classes")],
+    [
+        (1, "layer", "1 layer"),
+        (0, "layer", "0 layers"),
+        (1200, "batch", "1,200 batches"),
+        (2, "class", "2 classes"),
+        (2, "assay", "2 assays"),
+        (2, "city", "2 cities"),
+    ],
 )
 def test_things_are_counted(amount: int, noun: str, text: str) -> None:
     assert count(amount, noun) == text
