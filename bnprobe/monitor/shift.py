@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -130,6 +131,7 @@ class ShiftMonitor:
         self._taking, self._lock = ExitStack(), Lock()
         self._thread: int | None = None
         self._depth = 0
+        self._handled: BaseException | None = None
         self._is_compiled = False
         self.batches = self.left_out = 0
         self._looked = self._next = 0
@@ -206,7 +208,7 @@ class ShiftMonitor:
         self.batches += 1
         if self.batches <= self._next or not self._lock.acquire(blocking=False):
             return  # or another thread's batch is being looked at
-        self._thread, self._depth = get_ident(), 1
+        self._thread, self._depth, self._handled = get_ident(), 1, sys.exc_info()[1]
         self._next = self.batches - 1 + self._distance()
         self._began = perf_counter()
         try:
@@ -223,10 +225,12 @@ class ShiftMonitor:
         if self._depth:
             return
         returned, had_alarm = perf_counter(), self.alarm
+        # Of a pass that raised nothing is judged: what follows may end in `stop`, while torch iterates over the hooks.
+        raised = sys.exc_info()[1] is not self._handled
         try:
             self._taking.close()
             self._looked += 1
-            features = self._inputs.features(self._slots)
+            features = None if raised else self._inputs.features(self._slots)
             self.left_out += features is None
             # The wait for the device is the forward pass's.
             waited = 0.0 if features is None else self._drift.add(features)
@@ -255,7 +259,7 @@ class ShiftMonitor:
     def _leave(self) -> None:
         """End the look at a batch, if there is one."""
         self._taking.close()
-        self._thread = None
+        self._thread = self._handled = None
         if self._lock.locked():
             self._lock.release()
 

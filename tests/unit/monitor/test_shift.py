@@ -396,6 +396,30 @@ def test_whatever_fails_the_model_goes_on(
     assert not model.get_submodule("shared")._forward_pre_hooks
 
 
+def test_an_error_of_the_model_stays_what_it_is_and_its_batch_is_not_judged(
+    model: nn.Module, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that raises behind the last layer; torch then iterates over the hooks, which may not change."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("the user's own")
+
+    handle = model.get_submodule("last.3").register_forward_hook(fail)
+    with bnprobe.ShiftMonitor(model, profile, every=1, on_alarm=lambda monitor: monitor.stop()) as monitor:
+        with pytest.raises(ValueError, match="the user's own"):
+            model(_images(16, 0))
+        with monkeypatch.context() as broken, pytest.raises(ValueError, match="the user's own"):
+            broken.setattr("bnprobe.measure.drift.Healthy.scores", fail)
+            model(_images(16, 0))
+        assert (monitor.batches, monitor.left_out, monitor.samples) == (2, 2, 0)
+        handle.remove()
+        try:
+            fail()
+        except ValueError:
+            model(_images(16, 1))  # which did not raise
+        assert monitor.samples == 8
+
+
 def test_threads_do_not_disturb_each_other(model: nn.Module, profile: Profile) -> None:
     with bnprobe.ShiftMonitor(model, profile, every=1) as monitor:
 
