@@ -224,10 +224,7 @@ def _moved(watched: _Watched, before: NDArray[np.float64], after: NDArray[np.flo
         most: The series with the most evidence.
     """
     old, new = before.mean(0), after.mean(0)
-    found = (
-        f"{watched.name}: the mean went from {number(old[0])} to {number(new[0])}, the standard deviation from"
-        f" {number(old[1])} to {number(new[1])}"
-    )
+    found = f"{watched.name}: the mean {_went(old[0], new[0])}, the standard deviation {_went(old[1], new[1])}"
     count, spread = len(watched.chosen), np.maximum(old[1], _TINY)
     shift = (new[2 : 2 + count] - old[2 : 2 + count]) / np.maximum(old[2 + count :], _TINY * spread)
     stretch = new[2 + count :] / np.maximum(old[2 + count :], _TINY * spread)
@@ -248,6 +245,11 @@ def _moved(watched: _Watched, before: NDArray[np.float64], after: NDArray[np.flo
         if now > (1 + _SURELY / min(len(before), len(after)) ** 0.5) * noise > 0:
             found += f". From batch to batch the {what}{where} varies {number(now / noise)} times as much as before"
     return f"{found}."
+
+
+def _went(before: float, after: float) -> str:
+    one, other = number(before), number(after)
+    return f"stays at {one}" if one == other else f"went from {one} to {other}"
 
 
 _TINY = 1e-6

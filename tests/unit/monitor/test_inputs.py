@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bnprobe
-from bnprobe.monitor.inputs import InputShift
+from bnprobe.monitor.inputs import InputShift, _moved, _Watched
 from bnprobe.records import MonitorFinding
 
 Draw = Callable[[int], Tensor]
@@ -83,6 +83,9 @@ def test_a_message_says_what_moved_from_what_to_what() -> None:
     assert found is not None
     assert float(found[1]) == pytest.approx((means[1] - means[0]) / spreads[0], rel=0.03)
     assert float(found[2]) == pytest.approx(spreads[1] / spreads[0], rel=0.03)
+    assert ": the mean stays at 0.3, the standard deviation went from 1.2 to 1.4." in _moved(
+        _Watched("Input 1", 1), np.array([[0.301, 1.2, 0.301, 1.2]]), np.array([[0.299, 1.4, 0.299, 1.2]]), 1
+    )
     shift, _ = watched(of_one_kind, 300)
     assert "From batch to batch the " in shift.message()
     assert "From batch to batch" not in watched(brighter, 300)[0].message()
