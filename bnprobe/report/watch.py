@@ -26,6 +26,12 @@ _NAMED = 3
 EQUIVALENT = "on this batch the layer behaves as if its statistics came from so many independent values"
 """What n_eq is."""
 
+HELD = "A layer in eval mode uses its running statistics, which training leaves as they are."
+"""Of layers that training holds in eval mode."""
+
+NO_LAYER = "No layer with running statistics was called in"
+"""The last sample, or any: there is nothing to show."""
+
 _FINDINGS = 3
 """So many findings are shown, the latest; each rule once."""
 
@@ -179,7 +185,7 @@ def _layers(log: MonitorLog, last: MonitorSample, page: Page, most: int) -> list
     """The layers with the smallest n_eq in the last sample."""
     worst = sorted(last.layers, key=lambda name: badness(last.layers[name]), reverse=True)[:most]
     if not worst:
-        return page.paragraph("No layer normalized with its batch in the last sample.")
+        return page.paragraph(f"{NO_LAYER} the last sample.")
     found = signs_of_layers(log.findings)
     marks = [Mark(found[name], STYLES[found[name]]) if name in found else Mark() for name in worst]
     shown = [last.layers[name] for name in worst]
@@ -189,14 +195,14 @@ def _layers(log: MonitorLog, last: MonitorSample, page: Page, most: int) -> list
         Column("D", [or_unmeasured(layer.mismatch, figures.mismatch) for layer in shown], "point"),
         Column("r", [or_unmeasured(layer.r, "{:.2f}".format) for layer in shown], "point"),
         Column("d", [or_unmeasured(layer.d, "{:.2f}".format) for layer in shown], "point"),
-        *([Column("mode", ["eval" if layer.frozen else "train" for layer in shown], "left")] if held else []),
+        *([Column("mode", [mode(layer) for layer in shown], "left")] if held else []),
         Column("n_eq over the run", [_curve(log.samples, name, _cells(page)) for name in worst], "left"),
     ]
     names = layer_names(worst, list(last.layers), page, marks)
     more = len(last.layers) - len(worst)
     legend = f"n_eq: {EQUIVALENT}; curves are on a log scale from 1 to 1,000."
     if held:
-        legend += " A layer in eval mode uses its running statistics, which training leaves as they are."
+        legend += f" {HELD}"
     return [
         *page.heading(f"{count(len(last.layers), 'layer')} in the last sample{', the worst' if more else ''}"),
         *table(names, dropping(columns, ("d", "r", "D", "mode")), page),
@@ -217,6 +223,11 @@ def badness(layer: LayerSample) -> float:
 def or_unmeasured(value: float, write: Callable[[float], str]) -> str:
     """A figure as it is written, or the sign for one that is not finite."""
     return write(value) if math.isfinite(value) else UNMEASURED
+
+
+def mode(layer: LayerSample) -> str:
+    """In which training has it."""
+    return "eval" if layer.frozen else "train"
 
 
 def equivalent(layer: LayerSample) -> str:

@@ -383,7 +383,7 @@ def _known(value: float | None, write: Callable[[float], str]) -> str:
 
 def _course(run: _Run, log: MonitorLog) -> Iterator[Block]:
     if not run.names:
-        yield Text(("No layer normalized with its batch in any sample.",))
+        yield Text((f"{words.NO_LAYER} any sample.",))
         return
     worst = run.worst(_MOST_LINES)
     short = Page(80, unicode=True).shorten(worst, 40)
@@ -400,6 +400,7 @@ def _course(run: _Run, log: MonitorLog) -> Iterator[Block]:
     says = f"n_eq of {count(len(worst), 'layer')} over the run."
     spec = step_charts.lines(lines, "step", "n_eq", True, course=run.course, limits=_LIMITS, text=_in_words)
     noise, limit = (figures.plain(value) for value in (NOISE_THRESHOLD, DEFAULT_THRESHOLD))
+    held = [name for name, layer in log.samples[-1].layers.items() if layer.frozen]
     yield Figure(
         "curves",
         f"n_eq of the {count(len(worst), 'worst layer')}" if several else "n_eq of every layer",
@@ -409,6 +410,7 @@ def _course(run: _Run, log: MonitorLog) -> Iterator[Block]:
             f"n_eq: {words.EQUIVALENT}.",
             f"Dotted: the limits below which a scan flags a layer, {noise} for noise of batches alone, {limit} for all"
             " else; between them in proportion.",
+            *([f"In eval mode in the last sample: {listed(held, 3)}. {words.HELD}"] if held else []),
             *run.means,
         ),
         (*keys, *_mark_keys(run)),
@@ -488,14 +490,16 @@ def _layers(log: MonitorLog) -> Iterator[Block]:
         return
     last = log.samples[-1]
     if not last.layers:
-        yield Text(("No layer normalized with its batch in the last sample.",))
+        yield Text((f"{words.NO_LAYER} the last sample.",))
         return
     signs, changed = words.signs_of_layers(log.findings), words.now_changed(log.changes)
     rules: dict[str, dict[str, None]] = {}
     for finding in log.findings:
         for name in finding.layers:
             rules.setdefault(name, {})[finding.rule] = None
+    held = any(layer.frozen for layer in last.layers.values())
     columns = [Column("Layer", number=False), *map(Column, ("Depth", "n_eq", "D", "r", "d"))]
+    columns += [Column("Mode", number=False)] if held else []
     columns += [Column("Found", number=False)] if rules else []
     columns += [Column("Changed", number=False)] if changed else []
     rows = tuple(
@@ -504,6 +508,7 @@ def _layers(log: MonitorLog) -> Iterator[Block]:
                 Cell(name, sign=signs.get(name, "")),
                 Cell(str(depth), depth),
                 *_figure_cells(layer),
+                *([Cell(words.mode(layer))] if held else []),
                 *([Cell(joined(list(rules[name])) if name in rules else "")] if rules else []),
                 *([Cell(changed.get(name, ""))] if changed else []),
             ),

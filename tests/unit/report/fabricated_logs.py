@@ -81,6 +81,17 @@ def healthy() -> MonitorLog:
     )
 
 
+def held() -> MonitorLog:
+    """A layer in eval mode from the middle on, and a finding without layers."""
+    shift = MonitorFinding(600, 600, "inputs", "input_shift", "warning", (), "Batches are not like those before.", "Mix.")
+    samples = course(2, 12)
+    late = [
+        replace(each, layers={**each.layers, "layer2.bn": replace(each.layers["layer2.bn"], frozen=True)})
+        for each in samples[6:]
+    ]
+    return replace(BEGUN, taken=12, samples=(*samples[:6], *late), findings=(shift,))
+
+
 def odd() -> MonitorLog:
     """No loss, outputs and layers that are not finite, a layer without mismatch, one that is not always there."""
     samples = (
@@ -94,6 +105,7 @@ def odd() -> MonitorLog:
 LOGS: dict[str, Callable[[], MonitorLog]] = {
     "found": found,
     "healthy": healthy,
+    "held": held,
     "odd": odd,
     "begun": lambda: BEGUN,
     "empty": lambda: MonitorLog("run/monitor.jsonl"),

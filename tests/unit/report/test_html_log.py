@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from fabricated_logs import BEGUN, EVERY, LAG, SMALL, course, found, healthy, layer, odd, sample
+from fabricated_logs import BEGUN, EVERY, LAG, SMALL, course, found, healthy, held, layer, odd, sample
 
 from bnprobe.records import LayerSample, ModeLoss, MonitorChange, MonitorLog
 from bnprobe.report import watch
@@ -100,13 +100,34 @@ def test_the_last_sample_is_a_table_of_every_layer(page: Page) -> None:
     assert (table[1]["Layer"], table[1]["Changed"]) == ("layer2.bn", "renorm")
 
 
+def test_layers_in_eval_mode_are_marked_where_there_are_any(page: Page) -> None:
+    shown = page_of(held())
+    assert [(row["Layer"], row["Mode"]) for row in shown.table("2 layers at step 1,200")] == [
+        ("layer1.bn", "train"),
+        ("layer2.bn", "eval"),
+    ]
+    assert f"In eval mode in the last sample: layer2.bn. {watch.HELD}" in shown.words
+    assert "Mode" not in page.table("7 layers at step 2,400")[0]
+    assert watch.HELD not in page.words
+
+
+def test_a_finding_without_layers_is_shown_like_others() -> None:
+    page = page_of(held())
+    assert headline(page) == "! Input shift (inputs), at step 600."
+    assert [said(card) for card in page.all("article")] == [
+        "! Input shift (inputs) Batches are not like those before. Remedy: Mix. Found: at step 600 (alarm at step 600)."
+    ]
+    assert [row["What"] for row in page.table("Findings, and what the monitor changed")] == ["inputs"]
+    assert [row["label"] for row in page.data["modes-1/labels0"]] == ["inputs"]
+
+
 def test_what_is_missing_has_no_part() -> None:
     assert page_of(healthy()).sections == ["loss", "course", "layers", "how"]
     assert page_of(BEGUN).sections == page_of(MonitorLog("a.jsonl")).sections == ["how"]
     log = replace(BEGUN, taken=1, samples=(replace(sample(100, []), output=None),))
     page = page_of(log)
     assert "The loss could not be computed again in eval mode, and the outputs could not be compared." in page.words
-    assert "No layer normalized with its batch in any sample." in page.words
+    assert "No layer with running statistics was called in any sample." in page.words
     assert page.charts == {}
 
 

@@ -80,7 +80,7 @@ def test_what_is_not_finite_or_not_known() -> None:
     }
     lines = _lines(replace(LOG, samples=(replace(odd, loss=None, layers={}),)))
     assert "The loss could not be computed again in eval mode." in lines
-    assert "No layer normalized with its batch in the last sample." in lines
+    assert "No layer with running statistics was called in the last sample." in lines
 
 
 def test_layers_in_eval_mode_are_marked_where_there_are_any() -> None:
