@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 IMAGES = Path(__file__).parent / "images"
 PICTURES = {  # the command, and width and height
     "page.png": ("scan sample_configs/digits/sorted.yaml --exit-zero", (1160, 830)),  # reading-a-report.md
-    "log.png": ("show docs/examples/while_training.jsonl", (960, 1205)),  # while-training.md
+    "log.png": ("show docs/examples/while_training.jsonl", (960, 1462)),  # while-training.md
 }
 
 
