@@ -278,8 +278,6 @@ class Drift:
         self._test = Exchangeable(scores.T, seed)
         self._rest: Tensor | None = None
         self._lately: deque[Tensor] = deque(maxlen=_LATELY)
-        self._growth = np.zeros(len(profile.layers))
-        self._began = np.zeros(len(profile.layers), dtype=np.int64)
         self._moved: set[int] = set()
         self._blocks = 0
         self.samples = 0
@@ -311,11 +309,8 @@ class Drift:
         return waited
 
     def _judge(self, scores: Any) -> None:
-        won = self._test.update(scores)
+        self._test.update(scores)
         self._blocks += 1
-        # Page's rule: what was won since it was least begins where the shift seems to.
-        self._growth = np.maximum(self._growth + np.log(won), 0.0)
-        self._began = np.where(self._growth > 0, self._began, self._blocks)
         if self.alarm is None and self.e_value >= 1 / self._alpha:
             self.alarm = self._blocks * self._profile.block
         if self.alarm is not None:
@@ -338,7 +333,7 @@ class Drift:
         )
 
     def _layer(self, index: int, layer: ProfiledLayer, kept: Tensor, e_value: float, moved: bool) -> LayerDrift:
-        blocks = self._blocks - int(self._began[index])
+        blocks = int(self._test.since[index])
         since = blocks * self._profile.block if blocks else None
         part = kept[-min(blocks or _LATELY, _LATELY) :]
         off = part.mean(0) if len(part) else torch.zeros(2, layer.channels, dtype=torch.float64)

@@ -91,9 +91,7 @@ class InputShift:
         self._samples: int | None = None
         self._watched: list[_Watched] = []
         self._test: Exchangeable | None = None
-        self._weights = self._growth = np.zeros(0)
-        self._began = np.zeros(0, dtype=np.int64)
-        self._seen = 0
+        self._weights = np.zeros(0)
         self._lately: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=_LATELY)
         self._waiting: deque[tuple[int, Tensor]] = deque(maxlen=_WAITING)
 
@@ -118,9 +116,7 @@ class InputShift:
         self._watched, self._samples = watched, samples
         weights = [[0.25, 0.25, *[0.25 / len(each.chosen)] * (each.series - 2)] for each in watched]
         self._weights = np.array([weight for part in weights for weight in part]) / len(watched)
-        series = len(self._weights)
-        self._test = Exchangeable(np.empty((0, series)), self._restarts, _ROWS, signed=True)
-        self._growth, self._began = np.zeros(series), np.zeros(series, dtype=np.int64)
+        self._test = Exchangeable(np.empty((0, len(self._weights))), self._restarts, _ROWS, signed=True)
 
     def waiting(self) -> list[Tensor]:
         """The scores that were not read yet, for ``update``."""
@@ -132,10 +128,7 @@ class InputShift:
             return
         rows = _rounded(np.asarray(values, dtype=np.float64).reshape(-1, len(self._weights)))
         for (step, _), row in zip(self._waiting, rows, strict=True):
-            # Page's rule: what was won since it was least begins where the shift seems to.
-            self._growth = np.maximum(self._growth + np.log(self._test.update(row)), 0.0)
-            self._seen += 1
-            self._began = np.where(self._growth > 0, self._began, self._seen)
+            self._test.update(row)
             self._lately.append((step, row))
         self._waiting.clear()
 
@@ -149,7 +142,7 @@ class InputShift:
         assert self._test is not None  # there was an alarm
         known = len(self._lately)
         worst = int((self._weights * self._test.e_values()).argmax())
-        since = min(max(known - (self._seen - int(self._began[worst])), 1), known - 1)
+        since = min(max(known - int(self._test.since[worst]), 1), known - 1)
         rows = np.array([row for _, row in self._lately])
         ends = np.cumsum([each.series for each in self._watched])
         each, end = next((each, end) for each, end in zip(self._watched, ends, strict=True) if worst < end)
@@ -161,12 +154,11 @@ class InputShift:
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` takes, of plain values; without what waits to be read."""
-        own = {"restarts": self._restarts, "seen": self._seen, "samples": self._samples}
+        own = {"restarts": self._restarts, "samples": self._samples}
         watched = [[each.name, each.channels] for each in self._watched]
         lately = [[step, row.tolist()] for step, row in self._lately]
         test = None if self._test is None else self._test.state()
-        found = {"growth": self._growth.tolist(), "began": self._began.tolist()}
-        return {**own, **found, "watched": watched, "lately": lately, "test": test}
+        return {**own, "watched": watched, "lately": lately, "test": test}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
@@ -177,8 +169,6 @@ class InputShift:
         self._set_up([_Watched(name, channels) for name, channels in state["watched"]], state["samples"])
         assert self._test is not None
         self._test.restore(state["test"])
-        self._seen = state["seen"]
-        self._growth, self._began = np.array(state["growth"]), np.array(state["began"], dtype=np.int64)
         self._lately.extend((step, np.array(row)) for step, row in state["lately"])
 
 

@@ -169,13 +169,10 @@ class Exchangeable(_Restarting):
         self._kept = np.empty((most, given.shape[1]))
         self._kept[: len(given)] = given
         self._size = len(given)
+        self._growth, self._since = np.zeros(given.shape[1]), np.zeros(given.shape[1], dtype=np.int64)
 
-    def update(self, scores: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-        """Take in one row; NaN counts as infinite.
-
-        Returns:
-            What the bets won on it, the mean over ways to bet, shape (series,).
-        """
+    def update(self, scores: Sequence[float] | NDArray[np.float64]) -> None:
+        """Take in one row; NaN counts as infinite."""
         row = np.asarray(scores, dtype=np.float64)
         row = np.where(np.isnan(row), np.inf, row)
         p = self._p_values(row)[:, None]
@@ -185,13 +182,20 @@ class Exchangeable(_Restarting):
         won = np.concatenate([exponents * each ** (exponents - 1.0) for exponents, each in ways], axis=1)
         self._bet(np.ones(len(row), dtype=bool), won)
         self._keep(row)
-        mean: NDArray[np.float64] = won.mean(1)
-        return mean
+        # Page's rule: what was won since it was least begins where the shift seems to.
+        self._growth = np.maximum(self._growth + np.log(won.mean(1)), 0.0)
+        self._since = np.where(self._growth > 0, self._since + 1, 0)
+
+    @property
+    def since(self) -> NDArray[np.int64]:
+        """How many rows ago what speaks against each series seems to have begun, shape (series,); 0: nothing does."""
+        return self._since
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` takes, of plain values."""
+        lately = {"growth": self._growth.tolist(), "since": self._since.tolist()}
         kept = self._kept[: self._size].tolist()
-        return {**super().state(), "kept": kept, "draws": self._draws.bit_generator.state}
+        return {**super().state(), **lately, "kept": kept, "draws": self._draws.bit_generator.state}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken.
@@ -200,6 +204,8 @@ class Exchangeable(_Restarting):
             ValueError: It is of another number of series.
         """
         super().restore(state)
+        self._growth = np.array(state["growth"], dtype=np.float64)
+        self._since = np.array(state["since"], dtype=np.int64)
         self._size = len(state["kept"])
         self._kept[: self._size] = state["kept"]
         self._draws.bit_generator.state = state["draws"]

@@ -286,6 +286,7 @@ def test_small_scores_are_as_odd_as_large_ones_where_they_are_signed(sign: int) 
     for row in draws[100:115]:
         test.update(row)
     assert test.e_values()[0] >= 20
+    assert 15 <= test.since[0] <= 18
 
 
 def test_a_saved_conformal_test_goes_on() -> None:
@@ -295,5 +296,7 @@ def test_a_saved_conformal_test_goes_on() -> None:
         one.update(row)
     other.restore(json.loads(json.dumps(one.state())))
     for row in draws[150:]:
-        assert np.array_equal(one.update(row), other.update(row))
-    assert np.array_equal(one.e_values(), other.e_values())
+        one.update(row)
+        other.update(row)
+        assert np.array_equal(one.e_values(), other.e_values())
+        assert np.array_equal(one.since, other.since)
