@@ -46,7 +46,7 @@ from bnprobe.monitor.sampling import FIGURES, Hook, Inputs, Look, Sampler, call_
 from bnprobe.monitor.screening import Screening, updates_to_ripen
 from bnprobe.monitor.updates import Counted, UpdateCount, diagnosed
 from bnprobe.nn import SyncBatchRenorm
-from bnprobe.numbers import count, joined
+from bnprobe.numbers import listed
 from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.theory import equivalent_batch_size
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 Response = str | Callable[["Monitor", MonitorFinding], object]
 """What to do about a finding: an action, "warn", or a function of the monitor and the finding."""
 
-_PARTS = 10
+PARTS = 10
 """The scores of so many batches are taken from sample to sample."""
 
 
@@ -76,7 +76,7 @@ class Monitor:
     running statistics beyond what it is trained by, the probability that a run of any length has an alarm is at most
     ``false_alarms``; see ``bnprobe.monitor.screening`` and ``bnprobe.monitor.inputs``.
 
-    Between samples there is one hook on the model in ten steps, for means of the inputs, and else none. Weights,
+    Between samples the model has a hook in ten of the steps, for means of the inputs, and in the others none. Weights,
     statistics, gradients and the random state are bit-identical to training without a monitor.
 
     Args:
@@ -231,9 +231,8 @@ class Monitor:
         if not names:
             return None
         return (
-            f"{joined(names[:3])}{' and others' if names[3:] else ''}: with SyncBatchNorm, layers take the statistics"
-            " of all processes. A sample runs in one, and would wait for the others without an end: such a"
-            " model can be watched in one process only."
+            f"{listed(names, 3)}: with SyncBatchNorm, layers take the statistics of all processes. A sample runs in"
+            " one, and would wait for the others without an end: such a model can be watched in one process only."
         )
 
     def _other_problem(self) -> str | None:
@@ -243,9 +242,8 @@ class Monitor:
             shared = [own[layer.module] for layer in other._sampler.layers.selected if layer.module in own]
             if shared and (self._acts or other._acts):
                 return (
-                    f"Another monitor watches {joined(shared[:3])}{' and others' if shared[3:] else ''} already, and"
-                    " on_finding of one of the two changes layers. Give the layers to one monitor: with include and"
-                    ' exclude, or on_finding="warn" for both.'
+                    f"Another monitor watches {listed(shared, 3)} already, and on_finding of one of the two changes"
+                    ' layers. Give the layers to one monitor: with include and exclude, or on_finding="warn" for both.'
                 )
         return None
 
@@ -377,7 +375,7 @@ class Monitor:
         if self._over or self._gave_up or not self._world.is_main:
             return
         due = self._alarm is not None or (self.step > 0 and self.step % self._every == 0)
-        self._input_due = self.step % max(1, self._every // _PARTS) == 0
+        self._input_due = self.step % max(1, self._every // PARTS) == 0
         if not (due or self._input_due):
             return
         self._is_due, self._keeps = due, self._alarm is not None
@@ -453,7 +451,7 @@ class Monitor:
             self._tape = LossTape(self._found_loss)
             self._in_train_mode = True
         if gone := self._sampler.find_again():
-            warn_user(f"bnprobe, step {self.step}: watched no more, since not there any more: {joined(gone)}")
+            warn_user(f"bnprobe, step {self.step}: watched no more, since not there any more: {listed(gone)}")
         self._look = self._sampler.look(inputs, self._tape.in_eval(inputs))
         self._looks.append(replace(self._look, eval=None))  # outputs may be large, and calls many
 
@@ -517,10 +515,10 @@ class Monitor:
         self._write(event_of(self.sample))
         changed = {name: gone_on[name] for made in self.changes for name in made.layers if name in layers}
         # Of batches whose number of samples is not known, no noise is known.
-        fixed = {name: gone_on[name] if samples else math.nan for name in frozen}
+        held = {name: gone_on[name] if samples else math.nan for name in frozen}
         extra = any(each.extra for each in self._updates.found().values())
         others = {INPUTS: self._inputs.e_value}
-        raised = self._screening.update(self.sample, noise, ripe, changed, fixed, extra, others)
+        raised = self._screening.update(self.sample, noise, ripe, changed, held, extra, others)
         wanted = [each for each in raised if each == INPUTS or self.step >= self._rests_until]
         if wanted:
             self._write({"event": "alarm", "step": self.step, "series": wanted})
@@ -716,7 +714,5 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 
 def _warn(finding: MonitorFinding) -> None:
-    few = 0 < len(finding.layers) <= 3
-    where = joined(finding.layers) if few else count(len(finding.layers), "layer")
-    where = f" in {where}" if finding.layers else ""
+    where = f" in {listed(finding.layers, 3)}" if finding.layers else ""
     warn_user(f"bnprobe, step {finding.step}: {finding.rule}{where}: {finding.message} Remedy: {finding.remedy}")
