@@ -86,7 +86,11 @@ class Course:
     def x(self) -> dict[str, Any]:
         """The axis of steps."""
         scale = altair().Scale(domain=[self.first, max(self.last, self.first + 1)], nice=False)
-        return {"scale": scale, "axis": altair().Axis(title="step", format=",d", grid=False, tickCount=6)}
+        return {"scale": scale, "axis": _axis("step")}
+
+
+def _axis(title: str) -> Any:
+    return altair().Axis(title=title, format=",d", grid=False, tickCount=6)
 
 
 _LANES = 3
@@ -189,8 +193,7 @@ def lines(
     odd = [{**_line_row(line, at), "text": "not finite"} for line, at, y in points if not math.isfinite(y)]
     marks = course.marks if course else ()
     by_look = hue("look", {look: look for look in [*(line.look for line in found), *(mark.look for mark in marks)]})
-    axis = alt.Axis(title=x_title, format=",d", grid=False, tickCount=6)
-    x = alt.X("x:Q", **(course.x if course else {"axis": axis}))
+    x = alt.X("x:Q", **(course.x if course else {"axis": _axis(x_title)}))
     scale = alt.Scale(zero=False, nice=False, padding=6)
     y_values = y_axis(y_title, format=form)
     values = [row["y"] for row in rows] + list((limits or {}).values())
@@ -207,26 +210,26 @@ def lines(
     ]
     data: dict[str, list[dict[str, Any]]] = {"rows": rows}
     if limits:
-        data["limits"] = [{"label": label, "y": rounded(at)} for label, at in limits.items()]
-        dotted = drawn_from("limits").mark_rule(
-            color=colour("ink"), strokeDash=[1, 4], strokeWidth=1.6, strokeCap="round"
-        )
-        look = {"align": "right", "baseline": "bottom", "dy": -2}
-        named = [  # the first in the colour of the page, so that the second can be read on any line
-            drawn_from("limits").mark_text(**look, color=colour("paper"), stroke=colour("paper"), strokeWidth=4),
-            drawn_from("limits").mark_text(**look, color=colour("soft")),
-        ]
-        layers = [
-            dotted.encode(y=y),
-            *layers,
-            *(each.encode(x=alt.value("width"), y=y, text="label:N") for each in named),
-        ]
+        dotted, *named = _limits(y)
+        layers, data["limits"] = [dotted, *layers, *named], [{"label": k, "y": rounded(at)} for k, at in limits.items()]
     if odd:
         data["odd"] = odd
         cross = drawn_from("odd").mark_point(shape="cross", angle=45, filled=True, size=70, opacity=1, yOffset=-6)
         layers.append(cross.encode(x=x, y=alt.value("height"), color=by_look, tooltip=tooltip))
     above, marked = _marks(course, by_look) if course else ([], {})
     return _with_room(finished(alt.layer(*layers, *above), height, **data, **marked))
+
+
+def _limits(y: Any) -> list[Any]:
+    """Dotted lines, and their names at the right."""
+    drawn = drawn_from("limits")
+    dotted = drawn.mark_rule(color=colour("ink"), strokeDash=[1, 4], strokeWidth=1.6, strokeCap="round")
+    look = {"align": "right", "baseline": "bottom", "dy": -2}
+    named = [  # the first in the colour of the page, so that the second can be read on any line
+        drawn.mark_text(**look, color=colour("paper"), stroke=colour("paper"), strokeWidth=4),
+        drawn.mark_text(**look, color=colour("soft")),
+    ]
+    return [dotted.encode(y=y), *(each.encode(x=altair().value("width"), y=y, text="label:N") for each in named)]
 
 
 def _line_row(line: Line, at: float) -> dict[str, Any]:
