@@ -83,7 +83,9 @@ def healthy() -> MonitorLog:
 
 def held() -> MonitorLog:
     """A layer in eval mode from the middle on, and a finding without layers."""
-    shift = MonitorFinding(600, 600, "inputs", "input_shift", "warning", (), "Batches are not like those before.", "Mix.")
+    shift = MonitorFinding(
+        600, 600, "inputs", "input_shift", "warning", (), "Batches are not like those before.", "Mix."
+    )
     samples = course(2, 12)
     late = [
         replace(each, layers={**each.layers, "layer2.bn": replace(each.layers["layer2.bn"], frozen=True)})
