@@ -66,7 +66,7 @@ class _Watched:
         """The channels that are looked at."""
         if self.channels <= _CHANNELS:
             return list(range(self.channels))
-        return [number * (self.channels - 1) // (_CHANNELS - 1) for number in range(_CHANNELS)]
+        return [place * (self.channels - 1) // (_CHANNELS - 1) for place in range(_CHANNELS)]
 
     @property
     def series(self) -> int:
@@ -79,8 +79,8 @@ class InputShift:
 
     Of every floating-point tensor of the inputs that nothing trained has computed: mean and standard deviation, of the
     whole and of channels (dimension 1). Only batches of as many samples, and of the same form, as the first one are
-    compared, since small ones vary more. The evidence is the mean over all scores of the e-values of ``Exchangeable``,
-    half of which are those of the whole tensors.
+    compared, since small ones vary more. The evidence is a mean of the e-values of ``Exchangeable``, in which those of
+    whole tensors count half.
     """
 
     def __init__(self) -> None:

@@ -109,9 +109,8 @@ class LightningMonitor(Callback):
             logs = [_part(each, several) for each in (given if isinstance(given, list) else [given])]
             settings = {**self._settings, "log": [*logs, partial(_log, trainer, several)]}
             monitor = self.monitors[name] = Monitor(pl_module.get_submodule(name), **settings)
-            monitor.step = trainer.global_step // max(
-                len(trainer.optimizers), 1
-            )  # which counts those of each optimizer
+            # It counts the steps of each optimizer.
+            monitor.step = trainer.global_step // max(len(trainer.optimizers), 1)
             if name in self._saved:
                 monitor.load_state_dict(self._saved[name])
             monitor.start()

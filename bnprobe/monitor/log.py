@@ -26,9 +26,9 @@ from bnprobe.paths import is_file, is_folder, real
 from bnprobe.records import LayerSample, ModeLoss, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 
 Sink = Callable[[dict[str, Any]], None]
-"""Takes an event: a dictionary of plain values with the keys ``event``, one of ``start``, ``sample``, ``alarm`` and
-``finding``, and ``step``; the others are the fields of `MonitorSample` and `MonitorFinding`, and of an alarm its
-``series``: the layers that raised it, or "loss"."""
+"""Takes an event: a dictionary of plain values with the keys ``event``, one of ``start``, ``sample``, ``alarm``,
+``finding`` and ``change``, and ``step``; the others are the fields of `MonitorSample`, `MonitorFinding` and
+`MonitorChange`, and of an alarm its ``series``: the layers that raised it, "loss", "updates" or "inputs"."""
 
 FILE = "monitor.jsonl"
 """The file in a folder that was given as the log."""

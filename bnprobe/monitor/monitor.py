@@ -496,12 +496,11 @@ class Monitor:
         for name, rows in calls.items():
             if rows:
                 means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-                mismatch, iid, r, square, tracked, settled = means
+                mismatch, noise[name], r, square, tracked, gone_on[name] = means
                 layers[name] = LayerSample(mismatch, equivalent_batch_size(mismatch), r, square**0.5, name in frozen)
                 if name in frozen:  # of the calls that completed enough samples
                     together = [row[-1] for row in rows if not math.isnan(row[-1])]
-                    settled = sum(together) / len(together) if together else math.nan
-                noise[name], gone_on[name] = iid, settled
+                    gone_on[name] = sum(together) / len(together) if together else math.nan
                 updates = self.step if math.isnan(tracked) else tracked
                 ripe[name] = name in frozen or updates >= self._ripe_from[name]
         difference, norm = (sum(column) for column in zip(*distances, strict=True))

@@ -54,7 +54,7 @@ FIGURES = 6
 """Of each layer, in a look."""
 
 _SMALL = 2**20
-"""Values of a tensor beside the model that are put back after a look."""
+"""Tensors beside the model with more values are not put back after a look."""
 
 _RECENT, _ENOUGH = 10, 5
 """Looks whose batches stand in for the running statistics of a layer that was frozen, and how many are needed."""

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bnprobe.errors import StateError
 from bnprobe.monitor.sampling import TOGETHER
 from bnprobe.numbers import listed
-from bnprobe.records import DEFAULT_THRESHOLD, MonitorSample
+from bnprobe.records import DEFAULT_THRESHOLD, ModeLoss, MonitorSample
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.sequential import MeansAbove, rejected
 from bnprobe.stats.theory import mismatch_iid
@@ -67,11 +68,11 @@ class Screening:
 
     def __init__(self, layers: Sequence[str], alpha: float) -> None:
         self._alpha, self._layers = alpha, list(layers)
-        self._tests = MeansAbove(3 * len(layers) + 4)
         self._over = MeansAbove(len(layers))
         self._noise, self._whole = (np.zeros(len(layers)) for _ in range(2))
         self._first: list[list[float]] = [[] for _ in layers]
         self._knows_loss = False
+        self.forget()
 
     def update(
         self,
@@ -79,28 +80,27 @@ class Screening:
         noise: Mapping[str, float],
         ripe: Mapping[str, bool],
         changed: Mapping[str, float],
-        fixed: Mapping[str, float] | None = None,
+        frozen: Mapping[str, float] | None = None,
         extra: bool = False,
         others: Mapping[str, float] | None = None,
     ) -> list[str]:
         """Take in a sample; the layers that raise an alarm, ``LOSS``, ``UPDATES``, and those of ``others``.
 
         Args:
-            changed: For each layer that was changed after an alarm its D against running statistics that had gone on,
-                NaN where that is not known: it raises no alarm, and it is tested whether the cause is gone, see
-                ``is_over``.
             sample: The sample.
             noise: For each of its layers the D of i.i.d. batches of this size.
             ripe: For each of its layers whether its running statistics have forgotten their start.
-            fixed: For each layer that training holds in eval mode the D of the last batches together, NaN where it is
+            changed: For each layer that was changed after an alarm its D against running statistics that had gone on,
+                NaN where that is not known: it raises no alarm, and it is tested whether the cause is gone, see
+                ``is_over``.
+            frozen: For each layer that training holds in eval mode the D of the last batches together, NaN where it is
                 not known.
             extra: The step updated running statistics beyond what it was trained by.
             others: E-values of further hypotheses, by name.
         """
         count = len(self._layers)
-        whole, iid, within = (np.full(count, np.nan) for _ in range(3))
-        gross, held = np.full(count, np.nan), fixed or {}
-        of_loss, most_noise = np.full(3, np.nan), noise_limit(DEFAULT_THRESHOLD)
+        whole, iid, within, gross = (np.full(count, np.nan) for _ in range(4))
+        held, most_noise = frozen or {}, noise_limit(DEFAULT_THRESHOLD)
         limits = np.array([self._limit(position) for position in range(count)])
         most = GROSS * limits
         for position, name in enumerate(self._layers):
@@ -117,14 +117,11 @@ class Screening:
                     if len(self._first[position]) < FIRST:
                         self._first[position].append(min(changed[name], 1e6))
                 self._add(position, noise[name], changed.get(name, layer.mismatch))
-        if sample.loss is not None and all(ripe.values()):
-            train, other = sample.loss.train, sample.loss.eval
-            seen = [not other <= train, not train <= other, not other <= train + (DOUBLE - 1) * abs(train)]
-            self._knows_loss = True
-            of_loss = 2.0 * np.array(seen)  # at most 1 on average, where it is no more often so than not
+        loss = sample.loss if all(ripe.values()) else None
+        self._knows_loss |= loss is not None
         self._over.update(within, 1.0)
         self._tests.update(
-            np.concatenate([whole, iid, gross, of_loss, [float(extra)]]),
+            np.concatenate([whole, iid, gross, _of_loss(loss), [float(extra)]]),
             np.concatenate([limits, np.full(count, most_noise), most, np.ones(3), [FEW_STEPS]]),
         )
         # Of hypotheses of which one holds, the smallest e-value is an e-value; of hypotheses that all hold, the mean.
@@ -166,8 +163,7 @@ class Screening:
 
     def forget(self) -> None:
         """Begin again, once an alarm was looked into."""
-        for position in range(3 * len(self._layers) + 4):
-            self._tests.forget(position)
+        self._tests = MeansAbove(3 * len(self._layers) + 4)
 
     def forget_over(self, layers: Iterable[str]) -> None:
         """Begin again to ask of these layers whether a cause is gone."""
@@ -205,6 +201,14 @@ class Screening:
         self._noise, self._whole = np.array(state["noise"]), np.array(state["whole"])
         self._first = [list(each) for each in state["first"]]
         self._knows_loss = state["knows_loss"]
+
+
+def _of_loss(loss: ModeLoss | None) -> NDArray[np.float64]:
+    """Whether it is larger, smaller, and far larger in eval mode: at most 1 on average if no more often so than not."""
+    if loss is None:
+        return np.full(3, np.nan)
+    train, other = loss.train, loss.eval
+    return 2.0 * np.array([not other <= train, not train <= other, not other <= train + (DOUBLE - 1) * abs(train)])
 
 
 def _finite(mismatch: float) -> float:

@@ -67,12 +67,13 @@ class MonitorSample(Record):
 
 @dataclass(frozen=True)
 class MonitorFinding(Record):
-    """What a scan of the batches that followed an alarm found, a root cause.
+    """What a scan of the batches that followed an alarm found, a root cause; or how the inputs changed.
 
     Attributes:
         step: Optimizer steps before the scan.
         alarm: Optimizer steps before the sample that raised the alarm.
-        rule, cause, severity, layers, message, remedy: As in a scan's diagnosis.
+        rule, cause, severity, layers, message, remedy: As in a scan's diagnosis; the rule of a finding on the inputs,
+            which has no layers and needs no scan, is "inputs".
     """
 
     step: int

@@ -408,7 +408,7 @@ def test_a_finding_is_a_warning_unless_told_otherwise() -> None:
         _train(model, range(200), size=2)
     said = [str(each.message) for each in caught]
     assert any(
-        each.startswith(f"bnprobe, step {monitor.findings[0].step}: BN201 in first.1 and second.1: ") for each in said
+        each.startswith(f"bnprobe, step {monitor.findings[0].step}: BN201 in first.1, second.1: ") for each in said
     )
     assert len(said) == len({finding.rule for finding in monitor.findings})
 
