@@ -150,4 +150,4 @@ def test_what_cannot_be_watched_in_several_is_refused_in_all(tmp_path: Path) -> 
     differ, synced, also = first["said"]
     assert differ.startswith("The monitors of the processes differ in every, their steps or their layers")
     assert synced == also
-    assert synced.startswith("first.1 and second.1: with SyncBatchNorm, layers take the statistics of all processes")
+    assert synced.startswith("first.1, second.1: with SyncBatchNorm, layers take the statistics of all processes")
