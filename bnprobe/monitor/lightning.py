@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bnprobe.errors import warn_user
+from bnprobe.errors import UsageError, warn_user
 from bnprobe.loading.model import unwrapped
 from bnprobe.measure.layers import find_layers
 from bnprobe.monitor.log import scalars
 from bnprobe.monitor.monitor import Monitor
 from bnprobe.nn.limits import POSITION
+from bnprobe.numbers import joined
 
 if TYPE_CHECKING or "lightning" in sys.modules or ("pytorch_lightning" not in sys.modules and find_spec("lightning")):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -103,6 +104,14 @@ class LightningMonitor(Callback):
         self._saved, self.monitors = state_dict, {}
 
     def _start(self, names: Sequence[str], trainer: Trainer, pl_module: LightningModule) -> None:
+        modules = dict(pl_module.named_modules())
+        if unknown := [name for name in names if name not in modules]:
+            layers = find_layers(pl_module, lambda *names: True).layers
+            parts = dict.fromkeys(layer.name.partition(".")[0] for layer in layers)
+            raise UsageError(
+                f"modules: {type(pl_module).__name__} has no module {unknown[0]!r}. With norm layers it has"
+                f" {joined(list(parts))}; '' is all of it."
+            )
         for name in names:
             several = name if len(names) > 1 else ""
             given = self._settings.get("log")

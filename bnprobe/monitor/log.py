@@ -274,7 +274,7 @@ class LogReader:
             version=_text(event["version"]),
             model=_text(event["model"]),
             every=_count(event["every"]),
-            step=step,
+            step=step if self.log.version else 0,
             skipped={_text(name): _text(reason) for name, reason in event["skipped"].items()},
         )
         self._steps = array("q", (taken for taken in self._steps if taken < step))

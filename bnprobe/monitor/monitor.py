@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 Response = str | Callable[["Monitor", MonitorFinding], object]
 """What to do about a finding: an action, "warn", or a function of the monitor and the finding."""
 
+_FEWEST_KEPT = 4
+"""Batches of one size that a scan can tell something from, where sizes vary."""
+
 PARTS = 10
 """The scores of so many batches are taken from sample to sample."""
 
@@ -172,7 +175,7 @@ class Monitor:
         self._counted: list[dict[str, Counted]] = []
         self._alarm: int | None = None
         self._rests_until = self._rest = 0
-        self._kept: list[Inputs] = []
+        self._kept: dict[int | None, list[Inputs]] = {}
 
     def __enter__(self) -> Self:
         if self in _running:
@@ -533,14 +536,28 @@ class Monitor:
     # --- After an alarm -----------------------------------------------------------------------------------------------
 
     def _keep(self, inputs: Inputs) -> None:
-        """Keep a copy of a batch; once there are enough, scan them."""
+        """Keep a copy of a batch; once there are enough of one size, scan them.
+
+        The last batch of an epoch may be smaller, so sizes are kept apart. Where sizes vary so much that none comes to
+        enough in twice the batches, the most frequent one is scanned.
+        """
         size = count_samples_of_call(*inputs)
-        if size is None or (self._kept and size != count_samples_of_call(*self._kept[0])):
-            return
-        self._kept.append(copy_tensors(inputs))
-        if len(self._kept) == self._batches:
-            kept, self._kept = self._kept, []
-            self._scan(kept, size)
+        # Of a size that is not known, batches are only counted.
+        self._kept.setdefault(size, []).append(((), {}) if size is None else copy_tensors(inputs))
+        kept = {number: batches for number, batches in self._kept.items() if number is not None}
+        largest = max(kept, key=lambda number: len(kept[number]), default=None)
+        is_last = sum(map(len, self._kept.values())) >= 2 * self._batches
+        if largest is not None and len(kept[largest]) >= (_FEWEST_KEPT if is_last else self._batches):
+            self._kept.clear()
+            self._scan(kept[largest], largest)
+        elif is_last:
+            self._kept.clear()
+            self._alarm = None
+            self._screening.forget()
+            warn_user(
+                f"bnprobe, step {self.step}: an alarm could not be looked into: batches differ in their number of"
+                " samples, or it is not known."
+            )
 
     def _scan(self, kept: list[Inputs], size: int) -> None:
         from bnprobe.commands.scan import scan

@@ -132,7 +132,7 @@ class ShiftMonitor:
         self._thread: int | None = None
         self._depth = 0
         self._handled: BaseException | None = None
-        self._is_compiled = False
+        self._is_compiled = self._is_told = False
         self.batches = self.left_out = 0
         self._looked = self._next = 0
         self._costs: deque[float] = deque(maxlen=9)
@@ -201,6 +201,9 @@ class ShiftMonitor:
             self._is_compiled = True
             return
         if module.training:
+            if not self.batches and not self._is_told:
+                self._is_told = True
+                warn_user("bnprobe.ShiftMonitor watches a model in eval mode, and this one is in train mode.")
             return
         if self._thread == get_ident():
             self._depth += 1  # the model calls itself

@@ -110,7 +110,7 @@ class MonitorLog(Document):
         version: The version of bnprobe that watches; empty: the run has not begun.
         model: The class of the model.
         every: Optimizer steps from sample to sample.
-        step: Optimizer steps before the run began, or was resumed.
+        step: Optimizer steps before the run was resumed; 0: it was not.
         skipped: Reasons by the names of norm layers that are not watched.
         taken: Samples that were taken.
         samples: In order; of very many some are left out, evenly.

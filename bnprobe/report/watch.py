@@ -52,7 +52,7 @@ def render(log: MonitorLog, options: RenderOptions) -> str:
             _loss(log.samples, last, page),
             _layers(log, last, page, len(last.layers) if options.show_all else _ON_SCREEN),
         ]
-    return to_string([*parts, _findings(_latest(log.findings), page) if log.version else []], options.color)
+    return to_string([*parts, _findings(log.findings, page) if log.version else []], options.color)
 
 
 def render_json(log: MonitorLog, options: RenderOptions) -> str:
@@ -166,14 +166,18 @@ def _loss(samples: Sequence[MonitorSample], last: MonitorSample, page: Page) -> 
     return [*table(names, [TableLayout(columns)], page), *page.paragraph(apart, first="  ")]
 
 
-def _findings(latest: Sequence[MonitorFinding], page: Page) -> list[Text]:
+def _findings(findings: Sequence[MonitorFinding], page: Page) -> list[Text]:
+    """The latest finding of each rule, with the step of the first one."""
+    latest = _latest(findings)
     if not latest:
         return page.verdict(FINE, "Nothing was found so far.")
     lines = []
     for finding in latest[:_FINDINGS]:
         where = f" in {listed(finding.layers, 3)}" if finding.layers else ""
+        steps = [each.step for each in findings if each.rule == finding.rule]
+        again = f", {count(len(steps), 'time')}, the last at step {steps[-1]:,}" if len(steps) > 1 else ""
         block = page.paragraph(
-            f"step {finding.step:,}: {finding.rule}{where}", "bold", first=f"{page.clean(sign_of(finding))} "
+            f"step {steps[0]:,}: {finding.rule}{where}{again}", "bold", first=f"{page.clean(sign_of(finding))} "
         )
         block[0].stylize(STYLES[sign_of(finding)], 0, 1)
         lines += [*block, *page.paragraphs([finding.message, f"Remedy: {finding.remedy}"])]

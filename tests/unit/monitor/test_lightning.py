@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bnprobe.errors import NothingToProbeError
+from bnprobe.errors import NothingToProbeError, UsageError
 from support.frameworks import framework
 from unit.monitor.loops import (
     CLASSES,
@@ -176,6 +176,11 @@ def test_networks_can_be_named_and_log_apart(tmp_path: Path) -> None:
         assert [event["step"] for event in events if event["event"] == "sample"][:2] == [4, 8]
 
 
+def test_a_network_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(UsageError, match=r"Gan has no module 'critic'\. With norm layers it has net and judge;"):
+        _fit(_module(Gan), LightningMonitor(every=4, modules=["critic"]))
+
+
 def test_figures_and_findings_are_in_the_logger(tmp_path: Path) -> None:
     logger = pl.loggers.CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     callback = LightningMonitor(every=4, on_finding=lambda *_: None)
@@ -324,6 +329,7 @@ def test_a_framework_is_imported_when_its_monitor_is() -> None:
     code = """
 import sys
 import bnprobe
+from bnprobe.errors import UsageError
 import bnprobe.monitor
 bnprobe.Monitor
 print({"lightning", "transformers", "ignite"} & set(sys.modules), dir(bnprobe.monitor))

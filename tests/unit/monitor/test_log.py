@@ -72,6 +72,13 @@ def test_what_a_resumed_run_does_again_is_left_out(tmp_path: Path) -> None:
     log = bnprobe.MonitorLog.load(tmp_path)
     assert [each.step for each in log.samples] == [100, 200]
     assert (log.taken, log.changes) == (2, (MonitorChange(116, "renorm", ("bn",)),))
+    assert log.step == 200
+
+
+def test_a_run_that_begins_late_is_not_resumed(tmp_path: Path) -> None:
+    """Lightning's first step shows what there is to watch."""
+    (tmp_path / FILE).write_text(json.dumps({**START, "step": 1}) + "\n")
+    assert bnprobe.MonitorLog.load(tmp_path).step == 0
 
 
 def test_a_log_and_what_was_saved_of_it_are_loaded(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -330,6 +330,44 @@ def test_a_fault_is_found_and_named_once(kind: dict[str, Any], rule: str) -> Non
     # What goes on as it was is looked at less and less often.
     scans = sorted({finding.step for finding in scanned})
     assert len(scans) <= 6
+
+
+def _train_on_sizes(model: Net, optimizer: torch.optim.Optimizer, step: int, sizes: Sequence[int]) -> None:
+    for late, size in enumerate(sizes):
+        _step(model, optimizer, step + late, sort=True, size=size)
+
+
+@pytest.mark.parametrize("sizes", [(24, 32, 32, 32, 32), (24, 32), (20, 24, 28, 32)], ids=["last", "half", "four"])
+def test_batches_of_other_sizes_do_not_keep_an_alarm_from_being_looked_into(sizes: tuple[int, ...]) -> None:
+    """The first batch that is kept may be the short last one of an epoch."""
+    model, step = _net(), 200
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.5)
+    with bnprobe.Monitor(model, every=5, on_finding=lambda *_: None) as monitor:
+        _train(model, range(step))
+        while not monitor._keeps and step < 400:
+            _step(model, optimizer, step, sort=True)
+            step += 1
+        assert monitor._keeps
+        _train_on_sizes(model, optimizer, step, [sizes[late % len(sizes)] for late in range(34)])
+        assert not monitor._keeps
+    assert "BN202" in {finding.rule for finding in monitor.findings}
+    assert monitor.report is not None
+    assert monitor.report.scan.batches == (16 if len(sizes) != 4 else 8)
+
+
+def test_an_alarm_that_cannot_be_looked_into_is_said_and_watching_goes_on() -> None:
+    model, step = _net(), 200
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.5)
+    with bnprobe.Monitor(model, every=5, on_finding=lambda *_: None) as monitor:
+        _train(model, range(step))
+        while not monitor._keeps and step < 400:
+            _step(model, optimizer, step, sort=True)
+            step += 1
+        with pytest.warns(UserWarning, match="could not be looked into: batches differ in their number of samples"):
+            _train_on_sizes(model, optimizer, step, range(10, 44))
+        taken = monitor.sample
+        _train(model, range(step, step + 10), sort=True)
+    assert monitor.sample is not taken
 
 
 def _hold_norms(model: Net) -> None:

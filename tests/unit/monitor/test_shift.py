@@ -350,7 +350,9 @@ def test_training_and_batches_that_cannot_be_judged_are_left_out(model: nn.Modul
     with bnprobe.ShiftMonitor(model, profile, every=1) as monitor:
         state = {key: value.clone() for key, value in model.state_dict().items()}
         model.train()
-        model(_images(16, 1))
+        with pytest.warns(UserWarning, match="in train mode"):
+            model(_images(16, 1))
+        model(_images(16, 1))  # it is said once: warnings are errors here
         model.load_state_dict(state)
         model.eval()
         assert monitor.batches == 0

@@ -53,7 +53,7 @@ def test_it_shows_the_run_the_loss_the_worst_layers_and_each_rule_once() -> None
     rows = [line.split() for line in lines if ".bn " in line and "step" not in line]
     assert [row[0] if row[0] != "✗" else row[1] for row in rows] == [f"layer{number}.bn" for number in range(11, 2, -1)]
     assert rows[-1][:2] == ["✗", "layer3.bn"]
-    assert "✗ step 316: BN201 in layer3.bn" in lines
+    assert "✗ step 216: BN201 in layer3.bn, 2 times, the last at step 316" in lines
     assert "Still too few." in text
     assert "Too few values." not in text
 
