@@ -10,6 +10,7 @@ from bnprobe.records import (
     Document,
     DriftReport,
     ExportReport,
+    LabReport,
     LintReport,
     MonitorLog,
     Plan,
@@ -51,6 +52,6 @@ def is_ok(document: Document) -> bool:
             return not record.findings
         case TableReport():
             return not any(each.off for each in record.batches) and not any(each.differs for each in record.features)
-        case Comparison() | Profile():
+        case Comparison() | Profile() | LabReport():
             return True
     raise TypeError(f"{type(document).__name__} is no document of a command")

@@ -22,6 +22,7 @@ from bnprobe.cli.drift import drift
 from bnprobe.cli.explain import explain
 from bnprobe.cli.export import export
 from bnprobe.cli.init import init
+from bnprobe.cli.lab import lab
 from bnprobe.cli.lint import lint
 from bnprobe.cli.options import complete_help
 from bnprobe.cli.processes import (
@@ -109,6 +110,7 @@ for _each in (
     profile,
     drift,
     table,
+    lab,
     show,
     watch,
     export,

@@ -161,10 +161,15 @@ class _RateColumn(TextColumn):
 
 
 @contextmanager
-def progress_bar(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with rate and remaining time; nothing if stderr is not a terminal, or not ``shown``."""
+def progress_bar(shown: bool = True, noun: str = "micro-batches") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and remaining time; nothing if stderr is not a terminal, or not ``shown``.
+
+    Args:
+        shown: Whether to show anything.
+        noun: What is counted.
+    """
     with _scan_bar(shown) as bar:
-        yield _scan_updates(bar)
+        yield _scan_updates(bar, noun)
 
 
 @contextmanager
@@ -219,13 +224,13 @@ def _moves(console: Console) -> bool:
     return console.is_terminal and console.file.isatty()
 
 
-def _scan_updates(bar: Progress) -> Callable[[int, int], None]:
+def _scan_updates(bar: Progress, noun: str = "micro-batches") -> Callable[[int, int], None]:
     task = bar.add_task("loading", total=None)
 
     def update(done: int, planned: int) -> None:
         if done < bar.tasks[0].completed:  # another scan, with its own rate
             bar.reset(task)
-        bar.update(task, description="micro-batches", completed=done, total=planned)
+        bar.update(task, description=noun, completed=done, total=planned)
 
     return update
 

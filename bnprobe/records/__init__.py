@@ -42,6 +42,7 @@ from bnprobe.records.findings import (
     Severity,
     Verdict,
 )
+from bnprobe.records.lab import Claim, ClaimVerdict, LabChart, LabReport, LabSeries, LabTable, Setting, Trial
 from bnprobe.records.layers import (
     DEFAULT_THRESHOLD,
     FROZEN,
@@ -128,6 +129,8 @@ __all__ = [
     "Chance",
     "ChanceValues",
     "ChannelDrift",
+    "Claim",
+    "ClaimVerdict",
     "ComparedScan",
     "Comparison",
     "Composition",
@@ -152,6 +155,10 @@ __all__ = [
     "Impact",
     "Interval",
     "KnownFinding",
+    "LabChart",
+    "LabReport",
+    "LabSeries",
+    "LabTable",
     "Layer",
     "LayerChange",
     "LayerComparison",
@@ -189,6 +196,7 @@ __all__ = [
     "Scan",
     "Score",
     "SelfCheck",
+    "Setting",
     "Severity",
     "ShareIntervals",
     "Shares",
@@ -211,6 +219,7 @@ __all__ = [
     "Tracking",
     "TrainingStep",
     "Trend",
+    "Trial",
     "Updates",
     "Verdict",
     "Verification",

@@ -15,6 +15,7 @@ from bnprobe.records import (
     Comparison,
     DriftReport,
     ExportReport,
+    LabReport,
     LintReport,
     MonitorLog,
     Plan,
@@ -35,6 +36,7 @@ from bnprobe.report import (
     html,
     json,
     junit,
+    lab,
     lint,
     markdown,
     plan,
@@ -66,6 +68,7 @@ DOCUMENTS: Mapping[type, str] = {
     DriftReport: "the report of drift",
     MonitorLog: "the log of a monitor",
     TableReport: "the report of a table",
+    LabReport: "the results of an experiment",
 }
 """What there is to render, and what messages call it."""
 
@@ -80,6 +83,7 @@ OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
     "compare": (Comparison,),
     "drift": (DriftReport,),
     "table": (TableReport,),
+    "lab": (LabReport,),
 }
 """What the commands give to render; ``bnprobe show`` renders all."""
 
@@ -132,6 +136,7 @@ FORMATS: Registry[Format] = Registry(
                 DriftReport: drift.render,
                 MonitorLog: watch.render,
                 TableReport: batch_effects.render,
+                LabReport: lab.render,
             },
             suffix=".txt",
         ),
@@ -153,6 +158,7 @@ FORMATS: Registry[Format] = Registry(
                 Verification: html.render_verification,
                 MonitorLog: html.render_log,
                 TableReport: html.render_table,
+                LabReport: html.render_lab,
             },
             package="vl_convert",
             extra="html",
@@ -179,6 +185,7 @@ FORMATS: Registry[Format] = Registry(
                 Verification: markdown.render_verify,
                 Comparison: markdown.render_compare,
                 TableReport: markdown.render_table,
+                LabReport: lab.render_markdown,
             },
             suffix=".md",
         ),

@@ -28,6 +28,7 @@ from bnprobe.records import (
     DriftReport,
     ExportReport,
     LayerSample,
+    LabReport,
     LintReport,
     ModeLoss,
     MonitorLog,
@@ -99,6 +100,7 @@ _KINDS: dict[type[Record], tuple[str, str]] = {
     DriftReport: ("the report of a check for drift", "bnprobe drift --format json"),
     MonitorLog: ("the log of a monitor", "bnprobe show LOG --format json"),
     TableReport: ("the report of a table", "bnprobe table --format json"),
+    LabReport: ("the results of an experiment", "bnprobe lab"),
     Baseline: ("a baseline", "bnprobe scan --write-baseline"),
 }
 """Documents: what each is, and what writes it. Which one a document is, its keys say."""
@@ -314,6 +316,7 @@ SCHEMAS: dict[str, tuple[type[Record], str]] = {
     "profile": (Profile, "bnprobe profile"),
     "drift": (DriftReport, "bnprobe drift"),
     "table": (TableReport, "bnprobe table"),
+    "lab": (LabReport, "bnprobe lab"),
 }
 """What there is a schema of: the record and the title."""
 

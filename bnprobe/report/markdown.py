@@ -80,11 +80,11 @@ def render_verify(found: Verification, options: RenderOptions) -> str:
         )
         for layer in found.layers
     ]
-    table = _table(("", "layer", "D"), rows[: None if options.show_all else MOST_FOLDED])
+    layers = table(("", "layer", "D"), rows[: None if options.show_all else MOST_FOLDED])
     parts = [
         f"### bnprobe verify: {FINE if found.passed else FLAGGED} {prose(verify.one_line(found))}",
         _listed(found.problems),
-        _folded(count(len(found.layers), "layer"), table),
+        _folded(count(len(found.layers), "layer"), layers),
         _folded("Notes", _listed(found.notes)),
     ]
     return _document(parts)
@@ -98,8 +98,8 @@ def render_compare(found: Comparison, options: RenderOptions) -> str:
     layers = [(code(name), *rest) for name, *rest in compare.rows(shown)]
     parts = [
         f"### bnprobe compare: {compare.sign(found)} {prose(compare.one_line(found))}",
-        _table(("scan", *columns), [(name, *map(prose, cells)) for name, *cells in scans]),
-        _table(("layer", "D, first", "D, last", "change", ""), layers),
+        table(("scan", *columns), [(name, *map(prose, cells)) for name, *cells in scans]),
+        table(("layer", "D, first", "D, last", "change", ""), layers),
         _folded("Notes", _listed(found.notes)),
     ]
     return _document(parts)
@@ -114,8 +114,8 @@ def render_table(found: TableReport, options: RenderOptions) -> str:
     parts = [
         f"### bnprobe table: {batch_effects.sign(found)} {prose(batch_effects.one_line(found))}",
         *map(prose, batch_effects.sentences(found)),
-        _table(("", code(found.batch), *batch_effects.BATCH_HEADINGS), shown),
-        _table(("feature", *batch_effects.FEATURE_HEADINGS), differing),
+        table(("", code(found.batch), *batch_effects.BATCH_HEADINGS), shown),
+        table(("feature", *batch_effects.FEATURE_HEADINGS), differing),
         _listed(batch_effects.adjusted(found)),
         _folded("Features not judged", _listed(batch_effects.skipped(found, options.show_all))),
         _folded("Notes", _listed(found.notes)),
@@ -154,7 +154,8 @@ def _folded(summary: str, text: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>" if text else ""
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already; nothing where there are no rows."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *lines]) if lines else ""
 
@@ -184,7 +185,7 @@ def _against(known: BaselineComparison | None) -> str:
 
 def _layers(layers: Sequence[Layer]) -> str:
     heads = ("", "layer", *(f"n_eq {where}" for where in IN_MODE.values()), "D", "most of it", "built in")
-    return _table(heads, map(_row, layers))
+    return table(heads, map(_row, layers))
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
@@ -216,4 +217,4 @@ def _measured(report: Report) -> str:
 
 def _skipped(layers: Sequence[SkippedLayer]) -> str:
     rows = [(code(layer.name), code(layer.kind), prose(layer.reason)) for layer in layers[:MOST_FOLDED]]
-    return _folded(f"{count(len(layers), 'layer')} not judged", _table(("layer", "class", "why"), rows))
+    return _folded(f"{count(len(layers), 'layer')} not judged", table(("layer", "class", "why"), rows))

@@ -24,6 +24,7 @@ from bnprobe.records import (
     Document,
     DriftReport,
     ExportReport,
+    LabReport,
     LintReport,
     MonitorLog,
     Plan,
@@ -41,6 +42,7 @@ from bnprobe.report import (
     compare,
     drift,
     json,
+    lab,
     lint,
     render,
     repair,
@@ -109,6 +111,8 @@ def _one_line(document: Document) -> str:
             return f"{document.model or document.path}, {watch.one_line(document)}"
         case TableReport():
             return f"{document.data}, {batch_effects.one_line(document)}"
+        case LabReport():
+            return f"{document.experiment}, {lab.one_line(document)}"
         case Plan():
             refused = f", {len(document.refused)} refused" if document.refused else ""
             return f"{count(len(document.changes), 'layer')} to {document.to}{refused}"

@@ -5,7 +5,7 @@ What makes pages (Jinja2, Altair, the script of Vega) is imported only where a p
 
 from __future__ import annotations
 
-from bnprobe.records import MonitorLog, Report, SweepReport, TableReport, Verification
+from bnprobe.records import LabReport, MonitorLog, Report, SweepReport, TableReport, Verification
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
 
@@ -56,3 +56,18 @@ def render_table(found: TableReport, options: RenderOptions) -> str:
     from bnprobe.report.html.page import write
 
     return write(lambda: table_page(found, options))
+
+
+def render_lab(found: LabReport, options: RenderOptions) -> str:
+    """The results of an experiment."""
+    from bnprobe.report.html.lab import lab_page
+    from bnprobe.report.html.page import write
+
+    return write(lambda: lab_page(found, options))
+
+
+def picture_of_lab(found: LabReport) -> str:
+    """The first chart of an experiment as an SVG."""
+    from bnprobe.report.html.lab import picture
+
+    return picture(found)

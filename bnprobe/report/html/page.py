@@ -270,7 +270,7 @@ def write(make: Callable[[], Document]) -> str:
     sections = [section for section in document.sections if section.blocks]
     figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
     scripts = [_file("page.js")] if not figures else [_vega(), _file("page.js")]
-    styles = [_file("page.css")]
+    styles = [style_sheet()]
     template = _environment().get_template("page.html")
     text = template.render(
         document=document,
@@ -353,6 +353,11 @@ def _name(text: str) -> Markup:
     from markupsafe import Markup, escape
 
     return Markup(".<wbr>").join(escape(part) for part in clean(text, unicode=True).split("."))
+
+
+def style_sheet() -> str:
+    """The style sheet of all pages."""
+    return _file("page.css")
 
 
 def _file(name: str) -> str:

@@ -1,0 +1,228 @@
+"""What an experiment is: conditions, a trial of one condition with one seed, and what is concluded from all of them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bnprobe.numbers import percent, score
+from bnprobe.records import Claim, ClaimVerdict, Estimate, LabChart, LabSeries, LabTable, Trial
+from bnprobe.report.figures import estimate
+from bnprobe.stats.intervals import half_width
+
+Condition = Mapping[str, str | int | float | bool]
+"""What is different from trial to trial: plain values by name."""
+
+Values = Mapping[str, float | Sequence[float | None] | None]
+"""What a trial measured, by name; what is not finite is kept as None."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much work a run may be.
+
+    Attributes:
+        factor: A multiple of the default, which takes two cores ten minutes at most.
+        seeds: Trials of each condition.
+        data: What ``--data`` names; None: the digits of scikit-learn.
+    """
+
+    factor: float = 1.0
+    seeds: int = 5
+    data: str | None = None
+
+    def of(self, amount: int, least: int = 1) -> int:
+        """So many steps, samples or repetitions, where the default is ``amount``."""
+        return max(least, round(amount * self.factor))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an experiment concludes.
+
+    Attributes:
+        claims: The most important first.
+        charts: The first one stands for the experiment in lists.
+        tables: Figures that no chart shows.
+        notes: What the reader should know, a sentence each.
+    """
+
+    claims: tuple[Claim, ...]
+    charts: tuple[LabChart, ...]
+    tables: tuple[LabTable, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Experiment(ABC):
+    """An experiment; it has no state, so that trials can run in any order and in any process."""
+
+    @abstractmethod
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """What is compared."""
+
+    @abstractmethod
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Measure one condition; everything random was seeded with ``seed``, and torch has one thread."""
+
+    @abstractmethod
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """What the trials show, whatever it is; some of them may have no figures."""
+
+
+class Results:
+    """The trials of an experiment, to be asked by condition.
+
+    Args:
+        trials: All with the same seeds.
+    """
+
+    def __init__(self, trials: Iterable[Trial]) -> None:
+        self.trials = tuple(trials)
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self.trials)
+
+    def where(self, **condition: str | int | float | bool) -> Results:
+        """Those with these settings."""
+        wanted = condition.items()
+        return Results(trial for trial in self.trials if wanted <= trial.condition.items())
+
+    def levels(self, setting: str) -> list[str | int | float | bool]:
+        """The values of a setting, in their order."""
+        return list(dict.fromkeys(trial.condition[setting] for trial in self.trials if setting in trial.condition))
+
+    def by_seed(self, name: str) -> dict[int, float]:
+        """A figure of each trial by its seed; trials without it are left out.
+
+        Raises:
+            ValueError: Several trials have one seed: the condition does not name one of the things compared.
+        """
+        found: dict[int, float] = {}
+        for trial in self.trials:
+            if trial.seed in found:
+                raise ValueError(f"Several trials of seed {trial.seed} have {name}: name the whole condition.")
+            value = trial.values.get(name)
+            if isinstance(value, int | float):
+                found[trial.seed] = float(value)
+        return found
+
+    def values(self, name: str) -> list[float]:
+        """A figure of each trial, in the order of seeds."""
+        return list(self.by_seed(name).values())
+
+    def mean(self, name: str) -> Estimate | None:
+        """The mean of a figure over seeds with its 95% t interval; None: no trial has it."""
+        return mean_of(self.values(name))
+
+    def less(self, name: str, other: Results) -> Estimate | None:
+        """The mean difference of a figure from that of other trials of the same seeds, paired by seed."""
+        here, there = self.by_seed(name), other.by_seed(name)
+        return mean_of([here[seed] - there[seed] for seed in here if seed in there])
+
+    def series(self, figure: str, over: str, name: str, **condition: str | int | float | bool) -> LabSeries:
+        """The mean of a figure over seeds, at each value of a setting.
+
+        Args:
+            figure: Name of the figure.
+            over: The setting, along x.
+            name: What the series is called.
+            condition: The other settings.
+        """
+        chosen = self.where(**condition)
+        levels = chosen.levels(over)
+        x = [level if isinstance(level, str) else float(level) for level in levels]
+        return series(name, x, [chosen.where(**{over: level}).mean(figure) for level in levels])
+
+
+def mean_of(values: Sequence[float]) -> Estimate | None:
+    """The mean with its 95% t interval; None: there are no values."""
+    if not values:
+        return None
+    mean = math.fsum(values) / len(values)
+    half = half_width(len(values), math.fsum(values), math.fsum(value * value for value in values))
+    return Estimate(mean, None if half is None else (mean - half, mean + half))
+
+
+def series(name: str, x: Sequence[float | str], y: Sequence[Estimate | None]) -> LabSeries:
+    """Estimates against x."""
+    ends = [(None, None) if value is None or value.interval is None else value.interval for value in y]
+    return LabSeries(
+        name,
+        tuple(x),
+        tuple(None if value is None else value.mean for value in y),
+        tuple(low for low, _ in ends),
+        tuple(high for _, high in ends),
+    )
+
+
+def formula(name: str, x: Sequence[float], y: Callable[[float], float]) -> LabSeries:
+    """What a formula gives at each x."""
+    nothing = (None,) * len(x)
+    return LabSeries(name, tuple(x), tuple(y(each) for each in x), nothing, nothing, theory=True)
+
+
+def _ends(found: Estimate | None) -> tuple[float, float]:
+    """Of its interval; of none, an interval that holds every figure."""
+    low, high = (None, None) if found is None or found.interval is None else found.interval
+    return (-math.inf, math.inf) if low is None or high is None else (low, high)
+
+
+def above(text: str, found: Estimate | None, limit: float = 0.0, what: str = "Difference") -> Claim:
+    """A claim that holds if a figure is above a limit: shown or refuted where its interval does not hold the limit.
+
+    Args:
+        text: The claim.
+        found: The figure; None: there is none.
+        limit: See above.
+        what: What the figure is, with its unit, to begin the sentence of evidence with.
+    """
+    low, high = _ends(found)
+    verdict: ClaimVerdict = "shown" if low > limit else "refuted" if high < limit else "open"
+    return Claim(text, verdict, _evidence(found, what, f"the claim needs more than {score(limit)}"))
+
+
+def below(text: str, found: Estimate | None, limit: float = 0.0, what: str = "Difference") -> Claim:
+    """A claim that holds if a figure is below a limit; as `above`."""
+    low, high = _ends(found)
+    verdict: ClaimVerdict = "shown" if high < limit else "refuted" if low > limit else "open"
+    return Claim(text, verdict, _evidence(found, what, f"the claim needs less than {score(limit)}"))
+
+
+def within(text: str, found: float | None, limit: float, what: str) -> Claim:
+    """A claim of exactness: shown where the largest deviation found is at most ``limit``, else refuted."""
+    if found is None:
+        return Claim(text, "open", f"{what}: not measured.")
+    verdict: ClaimVerdict = "shown" if found <= limit else "refuted"
+    return Claim(text, verdict, f"{what}: {score(found)}, where at most {score(limit)} is allowed.")
+
+
+def near(text: str, found: Estimate | None, expected: float, tolerance: float, what: str = "Figure") -> Claim:
+    """A claim that a figure is what a formula says: a test of equivalence.
+
+    Shown where the whole interval lies within the tolerance of what is expected, refuted where all of it lies outside.
+
+    Args:
+        text: The claim.
+        found: The figure; None: there is none.
+        expected: By the formula.
+        tolerance: Relative to what is expected.
+        what: What the figure is, with its unit, to begin the sentence of evidence with.
+    """
+    low, high = _ends(found)
+    least, most = expected - tolerance * abs(expected), expected + tolerance * abs(expected)
+    verdict: ClaimVerdict = "open"
+    if least <= low and high <= most:
+        verdict = "shown"
+    elif high < least or low > most:
+        verdict = "refuted"
+    needed = f"the formula gives {score(expected)}, and {percent(tolerance)} are allowed"
+    return Claim(text, verdict, _evidence(found, what, needed, with_sign=False))
+
+
+def _evidence(found: Estimate | None, what: str, needed: str, with_sign: bool = True) -> str:
+    if found is None:
+        return f"{what}: not measured."
+    interval = "" if found.interval is None else " (95% interval over seeds)"
+    return f"{what}: {estimate(found, with_sign)}{interval}; {needed}."

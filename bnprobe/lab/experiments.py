@@ -1,0 +1,49 @@
+"""The registry of experiments. A row imports no torch, so that the command line can list them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bnprobe.registry import Registry
+
+
+@dataclass(frozen=True)
+class ExperimentRow:
+    """An experiment.
+
+    Attributes:
+        name: As in ``bnprobe lab NAME``.
+        title: What it is about, a phrase.
+        question: What it asks, a sentence.
+        sources: Papers that it follows; empty: a question that is open.
+        code: Where its ``bnprobe.lab.experiment.Experiment`` is, as "package.module:CLASS".
+        takes_data: Whether it trains on images, so that the user may give others.
+    """
+
+    name: str
+    title: str
+    question: str
+    sources: tuple[str, ...]
+    code: str
+    takes_data: bool = True
+
+
+IOFFE_2015 = "Ioffe & Szegedy 2015, Batch Normalization, arXiv 1502.03167"
+IOFFE_2017 = "Ioffe 2017, Batch Renormalization, arXiv 1702.03275"
+SANTURKAR = "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, arXiv 1805.11604"
+
+EXPERIMENTS: Registry[ExperimentRow] = Registry(
+    "bnprobe.experiments",
+    (
+        ExperimentRow(
+            name="small-batch",
+            title="What a small batch does to its statistics",
+            question="How far are the statistics of B samples from those of the population, as formulas say?",
+            sources=(IOFFE_2017,),
+            code="bnprobe.lab.small_batch:SmallBatch",
+        ),
+    ),
+    name_of=lambda row: row.name,
+    noun="experiment",
+)
+"""In the order in which they are listed."""

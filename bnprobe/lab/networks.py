@@ -1,0 +1,85 @@
+"""Small networks, with any normalization, and how they are trained and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.layers import BatchNorm, BatchRenorm, group_norm, instance_norm, layer_norm
+
+Norm = Callable[[int], nn.Module]
+"""Makes the normalization of so many channels."""
+
+NORMS: Mapping[str, Norm] = {
+    "none": lambda channels: nn.Identity(),
+    "batch norm": BatchNorm,
+    "Batch Renorm": BatchRenorm,
+    "group norm": group_norm,
+    "layer norm": layer_norm,
+    "instance norm": instance_norm,
+}
+"""By the names that experiments use for them."""
+
+
+def conv_net(shape: torch.Size | tuple[int, ...], classes: int, norm: Norm, width: int = 16) -> nn.Sequential:
+    """Three convolutions, each with a normalization and ReLU behind it, mean over positions, a linear layer.
+
+    Args:
+        shape: Of an image: (channels, height, width).
+        classes: Outputs.
+        norm: Makes the normalizations.
+        width: Channels of the first convolution; the others have twice as many.
+    """
+    sizes = [shape[0], width, 2 * width, 2 * width]
+    layers: list[nn.Module] = []
+    for position, (before, after) in enumerate(pairwise(sizes)):
+        layers += [nn.Conv2d(before, after, 3, stride=1 + (position == 1), padding=1), norm(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], classes))
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rate: float,
+    after_step: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train a classifier with SGD and momentum 0.9, in train mode.
+
+    Args:
+        model: Changed in place.
+        batches: One for each step.
+        rate: Learning rate.
+        after_step: Called with the number of the step, from 0, and the loss of its batch; gradients are still there.
+    """
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    for step, (images, labels) in enumerate(batches):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        if after_step is not None:
+            after_step(step, loss.item())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 512) -> float:
+    """Share of right answers, in the mode that the model is in."""
+    right = 0
+    for chosen, expected in zip(images.split(batch), labels.split(batch), strict=True):
+        right += int((model(chosen).argmax(1) == expected).sum())
+    return right / len(labels)
+
+
+def held_out_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of right answers in eval mode; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        return accuracy(model, images, labels)
+    finally:
+        model.train(was_training)

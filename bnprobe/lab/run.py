@@ -1,0 +1,245 @@
+"""Run an experiment: trials side by side in processes, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnprobe._version import __version__
+from bnprobe.analysis.description import environment
+from bnprobe.errors import UsageError
+from bnprobe.files import make_folder, write_whole
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values
+from bnprobe.lab.experiments import EXPERIMENTS, ExperimentRow
+from bnprobe.measure.restore import preserved_process, seed_everything
+from bnprobe.records import LabReport, Tool, Trial
+from bnprobe.registry import load_code
+from bnprobe.report.rows import require
+
+TRIALS = "trials.jsonl"
+"""The file of a folder in which trials are kept: a line that says what is run, then one for each trial."""
+
+Progress = Callable[[int, int], None]
+"""Called with the trials done and all."""
+
+
+def run(
+    name: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    budget: float = 1.0,
+    seeds: int = 5,
+    data: str | None = None,
+    jobs: int | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> LabReport:
+    """Run an experiment, or what is left of one that was stopped.
+
+    Args:
+        name: Of ``EXPERIMENTS``.
+        folder: Where trials are kept; None: nowhere.
+        budget: Amount of work, as a multiple of the default.
+        seeds: Trials of each condition, with the seeds 0, 1, ...
+        data: A folder of images, one folder in it for each class, or one with the files of CIFAR-10; None: the digits
+            of scikit-learn.
+        jobs: Processes; None: one for each core that this process may use. Figures do not depend on it.
+        fresh: Do not use trials that are in the folder.
+        progress: See `Progress`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UsageError: There is no such experiment, it does not take data, a value makes no sense, the folder holds trials
+            of something else, or scikit-learn is not installed.
+
+    Example:
+        >>> from bnprobe import lab
+        >>> report = lab.run("small-batch", budget=0.02, seeds=2, jobs=1)
+        >>> report.claims[0].verdict
+        'shown'
+    """
+    row = EXPERIMENTS[name]
+    settings = _checked(row, Budget(budget, seeds, data), jobs)
+    experiment = _loaded(row)
+    planned = list(product(range(seeds), experiment.conditions(settings)))  # all conditions of a seed, then the next
+    kept = _Kept(None if folder is None else Path(folder), row, settings, fresh)
+    left = [each for each in planned if _key(*each) not in kept.trials]
+    show = progress or (lambda done, total: None)
+    show(len(planned) - len(left), len(planned))
+    kept.begin()
+    for number, trial in enumerate(_run(row, left, settings, jobs or _cores()), start=1):
+        kept.add(trial)
+        show(len(planned) - len(left) + number, len(planned))
+    trials = tuple(kept.trials[_key(*each)] for each in planned)
+    found = experiment.conclude(Results(trials), settings)
+    return LabReport(
+        tool=Tool("bnprobe", __version__),
+        environment=environment(torch.device("cpu")),
+        experiment=row.name,
+        title=row.title,
+        question=row.question,
+        sources=row.sources,
+        data=_described(row, settings),
+        budget=budget,
+        seeds=seeds,
+        seconds=sum(trial.seconds for trial in trials),
+        claims=found.claims,
+        charts=found.charts,
+        tables=found.tables,
+        notes=found.notes,
+        trials=trials,
+    )
+
+
+def _checked(row: ExperimentRow, budget: Budget, jobs: int | None) -> Budget:
+    if not (math.isfinite(budget.factor) and budget.factor > 0):
+        raise UsageError(f"The budget must be a number above 0, but is {budget.factor}.")
+    if budget.seeds < 1:
+        raise UsageError(f"At least one seed is needed, but there are {budget.seeds}.")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"At least one process is needed, but there are {jobs}.")
+    require("sklearn", "lab", f"The experiment {row.name}")
+    if budget.data is not None:
+        if not row.takes_data:
+            raise UsageError(f"The experiment {row.name} makes its own data: leave --data out.")
+        from bnprobe.lab.data import load
+
+        load(budget.data)  # so that what is wrong with it is said at once
+    return budget
+
+
+def _loaded(row: ExperimentRow) -> Experiment:
+    found: Experiment = load_code(row.code, f"The experiment {row.name}", UsageError)
+    return found
+
+
+def _described(row: ExperimentRow, budget: Budget) -> str:
+    if not row.takes_data:
+        return ""
+    from bnprobe.lab.data import load
+
+    return load(budget.data).description
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- Trials -----------------------------------------------------------------------------------------------------------
+
+
+def _run(row: ExperimentRow, left: Sequence[tuple[int, Condition]], budget: Budget, jobs: int) -> Iterator[Trial]:
+    """Trials as they are done, in the order in which they end."""
+    if jobs == 1 or len(left) < 2:
+        yield from (_trial(row, seed, condition, budget) for seed, condition in left)
+        return
+    from joblib import Parallel, delayed
+
+    calls = (delayed(_trial)(row, seed, condition, budget) for seed, condition in left)
+    with warnings.catch_warnings():
+        # Workers whose memory has grown are replaced; joblib warns of that.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
+        yield from Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(calls)
+
+
+def _trial(row: ExperimentRow, seed: int, condition: Condition, budget: Budget) -> Trial:
+    """One trial. Layers this small gain nothing from several threads, and figures would depend on their number."""
+    with preserved_process():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            seed_everything(seed)
+            begun = time.perf_counter()
+            values = _loaded(row).trial(condition, seed, budget)
+            return Trial(dict(condition), seed, _finite(values), round(time.perf_counter() - begun, 3))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _finite(values: Values) -> dict[str, float | tuple[float | None, ...] | None]:
+    def number(value: float | None) -> float | None:
+        return float(value) if value is not None and math.isfinite(value) else None
+
+    return {
+        name: number(value) if value is None or isinstance(value, int | float) else tuple(map(number, value))
+        for name, value in values.items()
+    }
+
+
+def _key(seed: int, condition: Mapping[str, Any]) -> str:
+    return json.dumps([seed, dict(condition)], sort_keys=True)
+
+
+class _Kept:
+    """The trials of a run, which its file keeps.
+
+    Args:
+        folder: Where the file is; None: nothing is kept.
+        row, budget: What is run.
+        fresh: Begin anew.
+
+    Raises:
+        UsageError: The file is of another experiment, budget or version, or cannot be read.
+    """
+
+    def __init__(self, folder: Path | None, row: ExperimentRow, budget: Budget, fresh: bool) -> None:
+        self.trials: dict[str, Trial] = {}
+        self._path = None if folder is None else folder / TRIALS
+        self._head = {"experiment": row.name, "version": __version__, "budget": budget.factor, "data": budget.data}
+        if self._path is not None and not fresh and self._path.exists():
+            self._read(self._path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            first, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+            head = json.loads(first)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path} holds no trials of an experiment ({error}); give --fresh or another -o."
+            ) from None
+        if head != self._head:
+            differs = [key for key in self._head if not isinstance(head, dict) or head.get(key) != self._head[key]]
+            raise UsageError(
+                f"{path} is of a run with another {', '.join(differs)}; give --fresh to begin anew, or another -o."
+            )
+        for line in lines:
+            try:
+                trial = _read_trial(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the run was stopped
+            self.trials[_key(trial.seed, trial.condition)] = trial
+
+    def begin(self) -> None:
+        """Write the file anew, without a line that was cut off.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self._path is not None:
+            make_folder(self._path.parent, "-o")
+            lines = [self._head, *map(asdict, self.trials.values())]
+            write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial."""
+        self.trials[_key(trial.seed, trial.condition)] = trial
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(asdict(trial))}\n")
+
+
+def _read_trial(line: Mapping[str, Any]) -> Trial:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in line["values"].items()}
+    return Trial(dict(line["condition"]), line["seed"], values, line["seconds"])

@@ -1,0 +1,270 @@
+"""``small-batch``: how far the statistics of B samples are from those of the population, in theory and in a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    below,
+    formula,
+    mean_of,
+    near,
+)
+from bnprobe.lab.layers import BatchNorm, batch_moments, corrections
+from bnprobe.lab.networks import conv_net, train
+from bnprobe.records import LabChart
+from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
+
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
+NORMAL, NETWORK = "i.i.d. normal values", "trained network"
+VALUES = 2**21
+"""Normal values that are drawn for each batch size."""
+
+IMAGES = 2048
+"""Images that gradients are averaged over, where there are as many."""
+
+
+class SmallBatch(Experiment):
+    """Batches of normal values, and of images in a network that was trained with batches of 64."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """Each batch size with both kinds of data."""
+        return [{"data": data, "batch": size} for data in (NORMAL, NETWORK) for size in SIZES]
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Figures of one batch size."""
+        size = int(condition["batch"])
+        if condition["data"] == NORMAL:
+            return _normal(size, max(budget.of(VALUES) // size, 64))
+        images = load(budget.data)
+        return _in_network(_trained(images, seed, budget), images, size, budget)
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """Figures beside their formulas."""
+        normal, network = results.where(data=NORMAL), results.where(data=NETWORK)
+        smallest = SIZES[0]
+        at_least = [size for size in SIZES if size >= 8]
+        return Findings(
+            claims=(
+                near(
+                    "With exact running statistics, the mismatch D of i.i.d. values is 2 (1 - e_n).",
+                    mean_of(_ratios(normal, "D", mismatch_iid, SIZES)),
+                    1.0,
+                    0.02,
+                    "D over the formula's, mean over all batch sizes",
+                ),
+                near(
+                    "From 8 values on, 3/(2B) is close enough.",
+                    mean_of(_ratios(normal, "D", lambda n: 1.5 / n, at_least)),
+                    1.0,
+                    0.05,
+                    "D over 3/(2B)",
+                ),
+                near(
+                    "The relative squared error of the unbiased variance is 2/(B-1).",
+                    mean_of(_ratios(normal, "variance error", lambda n: 2 / (n - 1), SIZES)),
+                    1.0,
+                    0.05,
+                    "Error over the formula's, mean over all batch sizes",
+                ),
+                near(
+                    f"The mean of r is e_n, which is not 1: at B = {smallest} it is {_e(smallest):.3f}.",
+                    normal.where(batch=smallest).mean("r"),
+                    _e(smallest),
+                    0.01,
+                    f"Mean of r at B = {smallest}",
+                ),
+                below(
+                    "In a network the values of a batch are worth fewer independent ones: positions of an image are"
+                    " alike.",
+                    network.where(batch=smallest).mean("worth"),
+                    1.0,
+                    f"n_eq over the number of values at B = {smallest}, mean over layers",
+                ),
+                above(
+                    "The gradient of small batches is biased: its mean is not that of one batch of all images.",
+                    network.where(batch=smallest).mean("gradient bias"),
+                    0.05,
+                    f"Bias over the length of the gradient at B = {smallest}",
+                ),
+                below(
+                    "The bias of the gradient falls with the batch size.",
+                    network.where(batch=SIZES[-1]).less("gradient bias", network.where(batch=smallest)),
+                    0.0,
+                    f"Bias at B = {SIZES[-1]} less that at B = {smallest}",
+                ),
+            ),
+            charts=(
+                LabChart(
+                    "mismatch",
+                    "D against the batch size",
+                    "samples in a batch",
+                    "D",
+                    "log",
+                    "log",
+                    (
+                        results.series("D", "batch", "i.i.d. normal values", data=NORMAL),
+                        formula("2 (1 - e_n)", SIZES, mismatch_iid),
+                        *(
+                            results.series(
+                                f"D of layer {layer}", "batch", f"layer {layer} of the network", data=NETWORK
+                            )
+                            for layer in (1, 2, 3)
+                        ),
+                    ),
+                    ("A layer of the network sees many values of each image, so its D is smaller at the same batch.",),
+                ),
+                LabChart(
+                    "variance",
+                    "Relative squared error of the variance",
+                    "samples in a batch",
+                    "squared error over the variance squared",
+                    "log",
+                    "log",
+                    (
+                        results.series("variance error", "batch", "measured", data=NORMAL),
+                        formula("2/(B-1)", SIZES, lambda n: 2 / (n - 1)),
+                    ),
+                ),
+                LabChart(
+                    "r-and-d",
+                    "What Batch Renorm would correct",
+                    "samples in a batch",
+                    "mean of r, root mean square of d",
+                    "log",
+                    "linear",
+                    (
+                        results.series("r", "batch", "mean of r", data=NORMAL),
+                        formula("e_n", SIZES, _e),
+                        results.series("d", "batch", "root mean square of d", data=NORMAL),
+                        formula("1/sqrt(B)", SIZES, lambda n: n**-0.5),
+                    ),
+                ),
+                LabChart(
+                    "gradient",
+                    "Bias of the gradient against that of one batch of all images",
+                    "samples in a batch",
+                    "length of the bias over that of the gradient",
+                    "log",
+                    "linear",
+                    (results.series("gradient bias", "batch", "trained network", data=NETWORK),),
+                    ("From two epochs in different orders, so that noise does not count as bias.",),
+                ),
+            ),
+        )
+
+
+def _e(n: float) -> float:
+    return 1 - mismatch_iid(n) / 2
+
+
+def _ratios(results: Results, name: str, expected: Callable[[float], float], sizes: Sequence[int]) -> list[float]:
+    """A figure over what a formula gives, the mean over batch sizes, for each seed."""
+    by_size = [results.where(batch=size).by_seed(name) for size in sizes]
+    seeds = [seed for seed in by_size[0] if all(seed in found for found in by_size)]
+    ratios = [[found[seed] / expected(size) for size, found in zip(sizes, by_size, strict=True)] for seed in seeds]
+    return [math.fsum(each) / len(each) for each in ratios]
+
+
+def _normal(size: int, count: int) -> Values:
+    """``count`` batches of normal values, against mean 0 and variance 1."""
+    values = torch.randn(count, size, dtype=torch.float64)
+    mean, variance = values.mean(1), values.var(1, unbiased=False)
+    r = variance.sqrt()
+    unbiased = variance * size / (size - 1)
+    return {
+        "r": r.mean().item(),
+        "d": mean.square().mean().sqrt().item(),
+        # Of x = mean + r z the batch gives z: the mean over values of (z - x)^2 is this.
+        "D": (mean.square() + (1 - r).square()).mean().item(),
+        "variance error": (unbiased - 1).square().mean().item(),
+    }
+
+
+def _trained(images: Images, seed: int, budget: Budget) -> nn.Sequential:
+    """A network, trained with batches of 64."""
+    draws = torch.Generator().manual_seed(seed)
+    model = conv_net(images.train.shape[1:], images.classes, BatchNorm)
+    train(model, batches(images.train, images.train_labels, 64, budget.of(100, 20), draws), 0.05)
+    return model
+
+
+def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget) -> Values:
+    """D of each layer against population statistics, and the bias of the gradient."""
+    layers = [layer for layer in model if isinstance(layer, BatchNorm)]
+    most = min(len(images.train), budget.of(IMAGES, SIZES[-1]))
+    usable = most // SIZES[-1] * SIZES[-1]  # no size has a smaller last batch
+    pixels, labels = images.train[:usable], images.train_labels[:usable]
+    _take_population(model, layers, pixels)
+    for layer in layers:
+        layer.momentum = 0.0
+    exact = _gradient(model.train(), pixels, labels, usable)
+    differences = []
+    with ExitStack() as watching:
+        seen = [watching.enter_context(_mismatches(layer)) for layer in layers]
+        for _ in range(2):
+            order = torch.randperm(usable)
+            differences.append(_gradient(model, pixels[order], labels[order], size) - exact)
+    found = [float(torch.stack([D for D, _ in each]).mean()) for each in seen]
+    worth = [(equivalent_batch_size(D) or math.inf) / each[0][1] for D, each in zip(found, seen, strict=True)]
+    bias = float(differences[0] @ differences[1])
+    return {
+        **{f"D of layer {number}": D for number, D in enumerate(found, start=1)},
+        "worth": math.fsum(worth) / len(worth),
+        "gradient bias": math.copysign(math.sqrt(abs(bias)), bias) / float(exact.norm()),
+    }
+
+
+@contextmanager
+def _mismatches(layer: BatchNorm) -> Iterator[list[tuple[Tensor, int]]]:
+    """D of every batch that the layer gets in the block, and the values of a channel that it is from."""
+    seen: list[tuple[Tensor, int]] = []
+
+    def look(_: nn.Module, given: tuple[Tensor]) -> None:
+        x = given[0].detach()
+        r, d = corrections(*batch_moments(x), layer.running_mean, layer.running_var)
+        seen.append(((d.square() + (1 - r).square()).mean(), x.numel() // x.shape[1]))
+
+    hook = layer.register_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor, size: int) -> Tensor:
+    """The mean gradient over batches of one size, of all parameters, shape (parameters,)."""
+    model.zero_grad()
+    parts = list(zip(pixels.split(size), labels.split(size), strict=True))
+    for chosen, expected in parts:
+        (F.cross_entropy(model(chosen), expected) / len(parts)).backward()
+    return torch.cat([each.grad.flatten().clone() for each in model.parameters() if each.grad is not None])
+
+
+@torch.no_grad()
+def _take_population(model: nn.Module, layers: Sequence[BatchNorm], pixels: Tensor) -> None:
+    """Set running statistics to those of all images, layer after layer, as they are at inference."""
+    model.eval()
+    for layer in layers:
+        held: list[Tensor] = []
+        hook = layer.register_forward_pre_hook(lambda _, given, held=held: held.append(given[0]))
+        for part in pixels.split(256):
+            model(part)
+        hook.remove()
+        mean, variance = batch_moments(torch.cat(held))
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)

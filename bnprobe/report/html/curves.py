@@ -1,0 +1,120 @@
+"""Charts of an experiment: values with their intervals against numbers or names, and what formulas give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from bnprobe.records import LabChart, LabSeries
+from bnprobe.report.html.vega import (
+    LINES,
+    altair,
+    colour,
+    drawing,
+    drawn_from,
+    finished,
+    log_scale,
+    rounded,
+    told,
+    y_axis,
+)
+from bnprobe.report.lab import value_at
+
+_HEIGHT = 300
+
+_LONG = 8
+"""Longer names along x are turned."""
+
+
+def colours(chart: LabChart) -> Iterator[tuple[str, str, bool]]:
+    """Name and colour of each series, and whether it is theory, which has the colour of what it is the theory of."""
+    look = -1
+    for series in chart.series:
+        look += 0 if series.theory and look >= 0 else 1
+        yield series.name, LINES[look % len(LINES)], series.theory
+
+
+@drawing
+def curves(chart: LabChart, keyed: bool = False) -> dict[str, Any]:
+    """The chart; a formula is dashed.
+
+    Args:
+        chart: What to draw.
+        keyed: Whether the chart itself says which colour means what.
+    """
+    alt = altair()
+    rows = [row for series in chart.series for row in _rows(series, chart.y_scale == "log")]
+    looks = {name: colour(look) for name, look, _ in colours(chart)}
+    legend = alt.Legend(title=None, orient="bottom", columns=2, labelLimit=400, symbolType="stroke") if keyed else None
+    by_name = alt.Color("name:N", legend=legend, scale=alt.Scale(domain=list(looks), range=list(looks.values())))
+    names = any(isinstance(at, str) for series in chart.series for at in series.x)
+    x = _names_axis(chart) if names else _numbers_axis(chart)
+    scale, axis = _y_scale(chart, rows)
+    y, low = alt.Y("y:Q", scale=scale, axis=axis), alt.Y("low:Q", scale=scale, axis=axis)
+    beside = {"xOffset": alt.XOffset("name:N", scale=alt.Scale(domain=list(looks)))} if names else {}
+    tooltip = told(("name", ""), ("at", chart.x), ("text", chart.y))
+    measured = drawn_from("measured")
+    bounds = measured.mark_rule(strokeWidth=1.6).encode(x=x, y=low, y2="high", color=by_name, **beside)
+    dots = measured.mark_point(filled=True, size=55, opacity=1).encode(
+        x=x, y=y, color=by_name, tooltip=tooltip, **beside
+    )
+    theory = drawn_from("theory")
+    dashed = (
+        theory.mark_tick(thickness=2, strokeDash=[3, 3], width=18).encode(
+            x=x, y=y, color=by_name, tooltip=tooltip, **beside
+        )
+        if names
+        else theory.mark_line(strokeDash=[5, 4], strokeWidth=1.6).encode(x=x, y=y, color=by_name, tooltip=tooltip)
+    )
+    lines = [] if names else [measured.mark_line(strokeWidth=2).encode(x=x, y=y, color=by_name)]
+    return finished(
+        alt.layer(*lines, dashed, bounds, dots),
+        height=_HEIGHT,
+        measured=[row for row in rows if not row["theory"]],
+        theory=[row for row in rows if row["theory"]],
+    )
+
+
+def _rows(series: LabSeries, logarithmic: bool) -> Iterator[dict[str, Any]]:
+    for index, (at, value) in enumerate(zip(series.x, series.y, strict=True)):
+        if value is None or (logarithmic and value <= 0):
+            continue
+        low, high = series.low[index], series.high[index]
+        if logarithmic and low is not None and low <= 0:
+            low = value
+        yield {
+            "name": series.name,
+            "theory": series.theory,
+            "x": at if isinstance(at, str) else rounded(at),
+            "at": at if isinstance(at, str) else f"{at:g}",
+            "y": rounded(value),
+            "low": rounded(value if low is None else low),
+            "high": rounded(value if high is None else high),
+            "text": value_at(series, index),
+        }
+
+
+def _names_axis(chart: LabChart) -> Any:
+    alt = altair()
+    names = list(dict.fromkeys(str(at) for series in chart.series for at in series.x))
+    turned = -30 if max(map(len, names), default=0) * len(names) > _LONG * 8 else 0
+    return alt.X("x:N", sort=names, axis=alt.Axis(title=chart.x, labelAngle=turned, grid=False, labelLimit=200))
+
+
+def _numbers_axis(chart: LabChart) -> Any:
+    alt = altair()
+    places = sorted({float(at) for series in chart.series for at in series.x})
+    if chart.x_scale == "log" and places and places[0] > 0:
+        scale = alt.Scale(type="log", domain=[places[0] / 1.15, places[-1] * 1.15], nice=False)
+        values = {"values": places} if len(places) <= 12 else {}
+        return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~g", grid=False, **values))
+    scale = alt.Scale(zero=False, nice=False, padding=8)
+    return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~g", grid=False))
+
+
+def _y_scale(chart: LabChart, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    ends = [value for row in rows for value in (row["low"], row["y"], row["high"]) if math.isfinite(value)]
+    if chart.y_scale == "log" and ends:
+        return log_scale(ends, chart.y)
+    return altair().Scale(zero=False, nice=True, padding=6), y_axis(chart.y, format="~g")

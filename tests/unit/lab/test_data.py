@@ -1,0 +1,97 @@
+"""What ``--data`` takes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bnprobe.errors import UsageError
+from bnprobe.lab.data import batches, load
+
+
+def test_digits_are_split_evenly_and_standardized() -> None:
+    found = load(None)
+    assert found.train.shape == (1343, 1, 8, 8)
+    assert len(found.test) == 454
+    assert found.train.mean().item() == pytest.approx(0, abs=1e-5)
+    assert found.train.std().item() == pytest.approx(1, abs=1e-3)
+    shares = torch.bincount(found.test_labels) / torch.bincount(torch.cat([found.train_labels, found.test_labels]))
+    assert shares.min() >= 0.25
+    assert shares.max() < 0.26
+
+
+def cifar(folder: Path, binary: bool) -> Path:
+    draws = np.random.default_rng(0)
+    folder.mkdir()
+    for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
+        labels, pixels = draws.integers(10, size=20), draws.integers(256, size=(20, 3072), dtype=np.uint8)
+        if binary:
+            records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
+            records.tofile(folder / f"{name}.bin")
+        else:
+            with (folder / name).open("wb") as file:
+                pickle.dump({b"data": pixels, b"labels": labels.tolist(), b"batch": number}, file)
+    return folder
+
+
+def test_both_versions_of_cifar_are_read_alike(tmp_path: Path) -> None:
+    binary, pickled = (load(str(cifar(tmp_path / str(kind), kind))) for kind in (True, False))
+    assert binary.train.shape == (40, 3, 32, 32)
+    assert torch.equal(binary.train, pickled.train)
+    assert torch.equal(binary.test_labels, pickled.test_labels)
+
+
+def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> object:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    folder = cifar(tmp_path / "cifar", binary=False)
+    (folder / "data_batch_1").write_bytes(pickle.dumps({b"data": Evil(), b"labels": [1]}))
+    with pytest.raises(UsageError, match=r"data_batch_1 is no file of CIFAR-10: it names \w+\.mkdir"):
+        load(str(folder))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for label in ("cats", "dogs"):
+        (tmp_path / label).mkdir()
+        for number in range(8):
+            image.new("RGB", (40, 20), (number * 20, 0, 0 if label == "cats" else 255)).save(
+                tmp_path / label / f"{number}.png"
+            )
+    found = load(str(tmp_path))
+    assert found.train.shape == (12, 3, 32, 32)
+    assert found.classes == 2
+    (tmp_path / "dogs" / "9.png").write_bytes(b"no image")
+    load.cache_clear()
+    with pytest.raises(UsageError, match=r"9\.png cannot be read"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "short"])
+def test_what_is_no_data_is_named(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / what
+    if what != "missing":
+        folder.mkdir()
+    if what == "short":
+        (folder / "data_batch_1.bin").write_bytes(b"x" * 100)
+        (folder / "test_batch.bin").write_bytes(b"x" * 100)
+    with pytest.raises(UsageError, match=str(folder)):
+        load(str(folder))
+
+
+def test_an_epoch_shows_every_image_once_and_sorted_ones_in_runs_of_a_class() -> None:
+    labels = torch.arange(60) % 3
+    for by_class in (False, True):
+        drawn = list(batches(torch.arange(60), labels, 10, 12, torch.Generator().manual_seed(0), by_class))
+        for epoch in (drawn[:6], drawn[6:]):
+            assert torch.cat([images for images, _ in epoch]).sort().values.tolist() == list(range(60))
+        changes = sum(int((part[1:] != part[:-1]).sum()) for _, part in drawn)
+        assert changes == 0 if by_class else changes > 20

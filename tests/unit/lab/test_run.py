@@ -1,0 +1,195 @@
+"""How experiments run: trials are kept and gone on with; figures depend on condition, seed and budget alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from bnprobe import lab
+from bnprobe.errors import UsageError
+from bnprobe.lab.experiment import Budget, Experiment, Findings, Results, above, below, mean_of, near, within
+from bnprobe.lab.run import TRIALS
+from bnprobe.records import Estimate, LabReport, Trial
+from bnprobe.report import render
+
+ROW = lab.ExperimentRow("dice", "Dice", "Are dice fair?", (), f"{__name__}:Dice", takes_data=False)
+
+
+class Dice(Experiment):
+    """Draws that depend on torch's seed; counts its trials, and can fail at one of them."""
+
+    ran: ClassVar[list[tuple[int, int]]] = []
+    fails_at: ClassVar[int | None] = None
+
+    def conditions(self, budget: Budget) -> Iterable[Mapping[str, int]]:
+        return [{"sides": sides} for sides in (6, 20)]
+
+    def trial(self, condition: Mapping[str, int], seed: int, budget: Budget) -> Mapping[str, float]:
+        if len(Dice.ran) == Dice.fails_at:
+            raise KeyboardInterrupt
+        Dice.ran.append((seed, condition["sides"]))
+        return {"mean": torch.randint(condition["sides"], (budget.of(100),)).float().mean().item(), "none": math.nan}
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        return Findings((above("Means are above 0.", results.where(sides=6).mean("mean")),), ())
+
+
+@pytest.fixture(autouse=True)
+def dice() -> Iterable[None]:
+    Dice.ran, Dice.fails_at = [], None
+    with lab.EXPERIMENTS.including(ROW):
+        yield
+
+
+def rolled(folder: Path | None = None, **settings: object) -> LabReport:
+    return lab.run("dice", folder, **{"seeds": 3, "jobs": 1, **settings})
+
+
+def values(report: LabReport) -> list[object]:
+    return [(trial.seed, trial.condition, trial.values) for trial in report.trials]
+
+
+def test_figures_depend_on_the_seed_alone_and_what_is_no_number_is_none() -> None:
+    torch.manual_seed(1)
+    first = rolled()
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert values(rolled()) == values(first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({trial.values["mean"] for trial in first.trials}) == 6
+    assert {trial.values["none"] for trial in first.trials} == {None}
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    whole = rolled()
+    Dice.ran, Dice.fails_at = [], 4
+    with pytest.raises(KeyboardInterrupt):
+        rolled(tmp_path)
+    assert len(Dice.ran) == 4
+    with (tmp_path / TRIALS).open("a") as file:
+        file.write('{"condition": {"si')  # as if it had been killed while writing
+    Dice.ran, Dice.fails_at = [], None
+    assert values(rolled(tmp_path)) == values(whole)
+    assert len(Dice.ran) == 2
+    assert len((tmp_path / TRIALS).read_text().splitlines()) == 7
+    Dice.ran = []
+    assert values(rolled(tmp_path)) == values(whole)
+    assert Dice.ran == []
+
+
+def test_more_seeds_use_the_trials_that_are_there(tmp_path: Path) -> None:
+    rolled(tmp_path, seeds=2)
+    Dice.ran = []
+    rolled(tmp_path, seeds=3)
+    assert [seed for seed, _ in Dice.ran] == [2, 2]
+
+
+def test_fresh_begins_anew(tmp_path: Path) -> None:
+    rolled(tmp_path)
+    Dice.ran = []
+    rolled(tmp_path, fresh=True)
+    assert len(Dice.ran) == 6
+
+
+def test_trials_of_another_budget_are_refused(tmp_path: Path) -> None:
+    rolled(tmp_path)
+    with pytest.raises(UsageError, match="another budget; give --fresh"):
+        rolled(tmp_path, budget=2.0)
+
+
+@pytest.mark.parametrize("text", ["", "nothing\n", '{"experiment": "rates"}\n'])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / TRIALS).write_text(text)
+    with pytest.raises(UsageError, match="--fresh"):
+        rolled(tmp_path)
+    assert (tmp_path / TRIALS).read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0}, "above 0"),
+        ({"budget": math.inf}, "above 0"),
+        ({"seeds": 0}, "one seed"),
+        ({"jobs": 0}, "one process"),
+        ({"data": "folder"}, "makes its own data"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        rolled(**settings)
+    assert Dice.ran == []
+
+
+def test_an_unknown_experiment_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean small-batch"):
+        lab.run("smal-batch")
+
+
+def test_several_processes_give_the_same() -> None:
+    one, two = (lab.run("small-batch", budget=0.01, seeds=2, jobs=jobs) for jobs in (1, 2))
+    assert values(one) == values(two)
+
+
+def test_results_are_read_back_and_rendered(tmp_path: Path) -> None:
+    found = lab.run("small-batch", budget=0.01, seeds=2, jobs=1)
+    found.save(tmp_path / "results.json")
+    assert LabReport.load(tmp_path / "results.json") == found
+    assert json.loads((tmp_path / "results.json").read_text())["experiment"] == "small-batch"
+    for format_ in ("terminal", "markdown", "html"):
+        text = render(found, format_)
+        for claim in found.claims:
+            assert claim.text.split()[0] in text
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("interval", "is_above", "is_below"),
+    [
+        ((0.1, 0.3), "shown", "refuted"),
+        ((-0.3, -0.1), "refuted", "shown"),
+        ((-0.1, 0.1), "open", "open"),
+        (None, "open", "open"),
+    ],
+)
+def test_a_claim_is_decided_by_its_interval(interval: tuple[float, float] | None, is_above: str, is_below: str) -> None:
+    found = Estimate(0.0 if interval is None else sum(interval) / 2, interval)
+    assert above("It is above.", found).verdict == is_above
+    assert below("It is below.", found).verdict == is_below
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((0.95, 1.05), "shown"), ((0.8, 1.05), "open"), ((1.2, 1.3), "refuted"), ((0.5, 0.8), "refuted"), (None, "open")],
+)
+def test_equivalence_needs_the_whole_interval(interval: tuple[float, float] | None, verdict: str) -> None:
+    found = None if interval is None else Estimate(sum(interval) / 2, interval)
+    assert near("It is one.", found, 1.0, 0.1).verdict == verdict
+
+
+def test_exactness() -> None:
+    assert [within("Exact.", found, 1e-6, "Error").verdict for found in (1e-7, 1e-3, None)] == [
+        "shown",
+        "refuted",
+        "open",
+    ]
+
+
+def test_an_interval_is_students_and_differences_are_paired_by_seed() -> None:
+    trials = [Trial({"arm": arm}, seed, {"x": 10.0 * seed + arm}, 0.0) for seed in range(4) for arm in (1, 2)]
+    results = Results(trials)
+    difference = results.where(arm=2).less("x", results.where(arm=1))
+    assert difference == Estimate(1.0, (1.0, 1.0))
+    spread = mean_of([1.0, 2.0, 3.0])
+    assert spread is not None
+    assert spread.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    with pytest.raises(ValueError, match="name the whole condition"):
+        results.mean("x")
