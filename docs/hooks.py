@@ -21,6 +21,7 @@ from bnprobe.cli.app import app
 from bnprobe.cli.options import complete_help
 from bnprobe.config.spec import Spec
 from bnprobe.config.targets import DEFAULT_TARGET, TARGETS
+from bnprobe.lab.experiments import EXPERIMENTS
 from bnprobe.rules import RULES
 from bnprobe.rules.docs import pages as rule_pages
 
@@ -42,6 +43,7 @@ BENCHMARKS = (
 def on_config(config: Any) -> Any:
     """Add the pages of rules and decisions to the navigation."""
     decisions = sorted(path.name for path in (REPOSITORY / "docs" / "decisions").glob("0*.md"))
+    _expand(config.nav, "Experiments", [f"lab/{name}/RESULTS.md" for name in EXPERIMENTS.names()])
     _expand(config.nav, "Rules", [f"rules/{rule.code}.md" for rule in RULES])
     _expand(config.nav, "Decisions", [f"decisions/{name}" for name in decisions])
     return config
@@ -123,6 +125,11 @@ def generated_pages() -> dict[str, str]:
             "baseline.schema.json",
             "JSON baseline",
             "What `--write-baseline` writes; [known findings](../ci/baseline.md) says what it is for.",
+        ),
+        "reference/json-lab.md": schema(
+            "lab.schema.json",
+            "JSON results of an experiment",
+            "What `bnprobe lab` writes, `results.json`; [the experiments](../lab/README.md) have theirs.",
         ),
         "reference/json-profile.md": schema(
             "profile.schema.json",

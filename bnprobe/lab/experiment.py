@@ -218,11 +218,11 @@ def near(text: str, found: Estimate | None, expected: float, tolerance: float, w
     elif high < least or low > most:
         verdict = "refuted"
     needed = f"the formula gives {score(expected)}, and {percent(tolerance)} are allowed"
-    return Claim(text, verdict, _evidence(found, what, needed, with_sign=False))
+    return Claim(text, verdict, _evidence(found, what, needed))
 
 
-def _evidence(found: Estimate | None, what: str, needed: str, with_sign: bool = True) -> str:
+def _evidence(found: Estimate | None, what: str, needed: str) -> str:
     if found is None:
         return f"{what}: not measured."
     interval = "" if found.interval is None else " (95% interval over seeds)"
-    return f"{what}: {estimate(found, with_sign)}{interval}; {needed}."
+    return f"{what}: {estimate(found)}{interval}; {needed}."

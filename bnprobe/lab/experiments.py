@@ -38,7 +38,7 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
         ExperimentRow(
             name="small-batch",
             title="What a small batch does to its statistics",
-            question="How far are the statistics of B samples from those of the population, as formulas say?",
+            question="How far are statistics of B samples from the population's, and as far as formulas say?",
             sources=(IOFFE_2017,),
             code="bnprobe.lab.small_batch:SmallBatch",
         ),

@@ -83,7 +83,6 @@ OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
     "compare": (Comparison,),
     "drift": (DriftReport,),
     "table": (TableReport,),
-    "lab": (LabReport,),
 }
 """What the commands give to render; ``bnprobe show`` renders all."""
 

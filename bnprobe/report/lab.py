@@ -51,8 +51,15 @@ def render_markdown(found: LabReport, options: RenderOptions) -> str:
         "## How this was measured",
         "\n".join(f"- {prose(label)}: {prose(value)}" for label, value in (*facts(found)[1:], *machine(found))),
         "\n".join(f"- {prose(note)}" for note in found.notes),
+        f"```sh\n{command(found)}\n```",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def command(found: LabReport) -> str:
+    """The command that runs the experiment again; the user's own data is not named."""
+    options = [f"--budget {found.budget:g}"] if found.budget != 1 else []
+    return " ".join(["bnprobe lab", found.experiment, *options, f"--seeds {found.seeds}"])
 
 
 def title(found: LabReport) -> str:

@@ -21,6 +21,7 @@ import pytest
 from bnprobe.config.exporters import EXPORTERS
 from bnprobe.config.frameworks import FRAMEWORKS
 from bnprobe.config.targets import TARGETS
+from bnprobe.lab import EXPERIMENTS
 from bnprobe.measure.accumulators import STATISTICS
 from bnprobe.measure.norms import NORMS
 from bnprobe.registry import Registry
@@ -38,8 +39,8 @@ else:
 
 PAGE = REPOSITORY / "docs" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-REGISTRIES: tuple[Registry[Any], ...] = (RULES, FORMATS, TARGETS, EXPORTERS, NORMS, STATISTICS, FRAMEWORKS)
-ADDED = ["ACME1", "gitlab", "filter-response", "core-aten", "ghost", "flat channels", "Acme zoo"]
+REGISTRIES: tuple[Registry[Any], ...] = (RULES, FORMATS, TARGETS, EXPORTERS, NORMS, STATISTICS, FRAMEWORKS, EXPERIMENTS)
+ADDED = ["ACME1", "gitlab", "filter-response", "core-aten", "ghost", "flat channels", "Acme zoo", "eps"]
 """The row that the page adds to each."""
 FENCED = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>.+?)")?\n(?P<text>.*?)^```$', re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 from bnprobe.records import LabChart, LabSeries
@@ -28,11 +29,10 @@ _LONG = 8
 
 
 def colours(chart: LabChart) -> Iterator[tuple[str, str, bool]]:
-    """Name and colour of each series, and whether it is theory, which has the colour of what it is the theory of."""
-    look = -1
+    """Name and colour of each series, and whether it is theory, which has the colour of text."""
+    looks = cycle(LINES)
     for series in chart.series:
-        look += 0 if series.theory and look >= 0 else 1
-        yield series.name, LINES[look % len(LINES)], series.theory
+        yield series.name, "ink" if series.theory else next(looks), series.theory
 
 
 @drawing
@@ -46,7 +46,11 @@ def curves(chart: LabChart, keyed: bool = False) -> dict[str, Any]:
     alt = altair()
     rows = [row for series in chart.series for row in _rows(series, chart.y_scale == "log")]
     looks = {name: colour(look) for name, look, _ in colours(chart)}
-    legend = alt.Legend(title=None, orient="bottom", columns=2, labelLimit=400, symbolType="stroke") if keyed else None
+    legend = (
+        alt.Legend(title=None, orient="bottom", columns=2, columnPadding=24, labelLimit=400, symbolType="stroke")
+        if keyed
+        else None
+    )
     by_name = alt.Color("name:N", legend=legend, scale=alt.Scale(domain=list(looks), range=list(looks.values())))
     names = any(isinstance(at, str) for series in chart.series for at in series.x)
     x = _names_axis(chart) if names else _numbers_axis(chart)
@@ -65,11 +69,11 @@ def curves(chart: LabChart, keyed: bool = False) -> dict[str, Any]:
             x=x, y=y, color=by_name, tooltip=tooltip, **beside
         )
         if names
-        else theory.mark_line(strokeDash=[5, 4], strokeWidth=1.6).encode(x=x, y=y, color=by_name, tooltip=tooltip)
+        else theory.mark_line(strokeDash=[5, 4], strokeWidth=1.4).encode(x=x, y=y, color=by_name, tooltip=tooltip)
     )
     lines = [] if names else [measured.mark_line(strokeWidth=2).encode(x=x, y=y, color=by_name)]
     return finished(
-        alt.layer(*lines, dashed, bounds, dots),
+        alt.layer(*lines, bounds, dots, dashed),
         height=_HEIGHT,
         measured=[row for row in rows if not row["theory"]],
         theory=[row for row in rows if row["theory"]],

@@ -79,7 +79,7 @@ def _figure(chart: LabChart) -> Figure:
         (Chart(curves(chart), says),),
         _table(chart.title, columns, rows),
         chart.legend,
-        tuple((look, f"{name} (theory)" if theory else name) for name, look, theory in colours(chart)),
+        tuple((look, f"{name} (theory, dashed)" if theory else name) for name, look, theory in colours(chart)),
     )
 
 

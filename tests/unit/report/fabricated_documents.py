@@ -15,12 +15,17 @@ from bnprobe.commands.compare import compare_named
 from bnprobe.records import (
     BestRates,
     ChannelDrift,
+    Claim,
     Comparison,
     Diagnosis,
     Difference,
     DriftReport,
     Environment,
     ExportReport,
+    LabChart,
+    LabReport,
+    LabSeries,
+    LabTable,
     Layer,
     LayerDrift,
     LintReport,
@@ -43,6 +48,7 @@ from bnprobe.records import (
     TableReport,
     Tool,
     Tracking,
+    Trial,
     Verdict,
 )
 from bnprobe.report.repair import RepairReport
@@ -257,6 +263,59 @@ def drifted(alarm: int | None = 48, e_value: float = 3.2e8) -> DriftReport:
     )
 
 
+def experiment() -> LabReport:
+    """One claim of each verdict; a chart over numbers with a formula, one over names, a table."""
+    sizes = (2.0, 8.0, 256.0)
+    measured = LabSeries("batch norm", sizes, (0.55, 0.9, 0.97), (0.5, 0.88, None), (0.6, 0.92, None))
+    by_formula = LabSeries("1 - 1/B", sizes, (0.5, 0.875, 0.996), (None,) * 3, (None,) * 3, theory=True)
+    arms = ("batch norm", "Batch Renorm")
+    named = LabSeries("sorted by class", arms, (0.4, None), (0.3, None), (0.5, None))
+    return LabReport(
+        tool=TOOL,
+        environment=Environment("3.11", "2.13.0", "Linux", "x86_64", 1),
+        experiment="sizes",
+        title="Accuracy and the batch",
+        question="Does accuracy fall with the batch?",
+        sources=("Ioffe 2017",),
+        data="scikit-learn's digits",
+        budget=1.0,
+        seeds=2,
+        seconds=90.0,
+        claims=(
+            Claim("It falls.", "shown", "Difference: 0.4 ± 0.1; the claim needs more than 0."),
+            Claim("It is as the formula says.", "refuted", "Ratio: 1.1 ± 0.01; the formula gives 1."),
+            Claim("Batch Renorm is better.", "open", "Difference: not measured."),
+        ),
+        charts=(
+            LabChart(
+                "size",
+                "Accuracy against the batch size",
+                "samples in a batch",
+                "accuracy",
+                "log",
+                "linear",
+                (measured, by_formula),
+                ("Held-out images.",),
+            ),
+            LabChart("order", "Accuracy by order", "layer", "accuracy", "linear", "linear", (named,)),
+        ),
+        tables=(LabTable("Runs that diverged", ("layer", "runs"), (("batch norm", "0"), ("Batch Renorm", "2"))),),
+        notes=("Two runs diverged.",),
+        trials=(
+            Trial({"norm": "batch norm", "batch": 2}, 0, {"accuracy": 0.55, "losses": (1.0, 0.5)}, 45.0),
+            Trial({"norm": "Batch Renorm", "batch": 2}, 0, {"accuracy": None}, 45.0),
+        ),
+    )
+
+
+def diverged_experiment() -> LabReport:
+    """No trial has a figure."""
+    nothing = LabSeries("batch norm", (2.0,), (None,), (None,), (None,))
+    chart = LabChart("size", "Accuracy", "samples in a batch", "accuracy", "log", "log", (nothing,))
+    claims = (Claim("It falls.", "open", "Difference: not measured."),)
+    return replace(experiment(), claims=claims, charts=(chart,), tables=(), notes=())
+
+
 def undrifted() -> DriftReport:
     """Nothing moved."""
     return drifted(None, 0.04)
@@ -343,6 +402,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], object]]] = {
     "drift": {"alarm": drifted, "none": undrifted},
     "log": {**LOGS},
     "table": {"off": tabled, "none": table_without_effects, "all": table_without_agreement},
+    "lab": {"shown": experiment, "diverged": diverged_experiment},
 }
 """Documents by kind and name."""
 

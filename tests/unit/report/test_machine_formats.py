@@ -366,6 +366,6 @@ def test_which_documents_the_formats_for_programs_support() -> None:
     for name, kind in _pairs():
         found.setdefault(name, set()).add(kind)
     assert found["junit"] == found["github"] == {"Report", "LintReport", "Verification"}
-    assert found["markdown"] == found["junit"] | {"Comparison", "TableReport"}
+    assert found["markdown"] == found["junit"] | {"Comparison", "LabReport", "TableReport"}
     assert found["sarif"] == {"Report", "LintReport"}
     assert found["csv"] == {"Report", "SweepReport", "Verification", "Comparison", "TableReport"}

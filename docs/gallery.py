@@ -1,0 +1,65 @@
+"""The gallery of experiments: ``python docs/gallery.py`` writes docs/lab/README.md from what the experiments found.
+
+``bnprobe lab NAME --output-dir docs/lab/NAME`` writes the results of one; the page that opens in a browser, and the
+trials one by one, are not kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bnprobe.lab.experiments import EXPERIMENTS
+from bnprobe.records import LabReport
+from bnprobe.report import lab, render
+from bnprobe.report.markdown import prose
+
+FOLDER = Path(__file__).parent / "lab"
+KEPT = ("RESULTS.md", "results.json")
+
+INTRODUCTION = """\
+# Experiments
+
+What papers say about Batch Normalization and Batch Renormalization, measured. Each experiment is one command,
+on data that needs no download, and says of each claim whether the figures show it, refute it or leave it open:
+
+```sh
+pip install "bnprobe[lab]"
+bnprobe lab              # lists the experiments
+bnprobe lab renorm       # up to ten minutes on two cores; --budget 0.1 for a look
+```
+
+`bnprobe-lab/renorm/` then holds `index.html`, a page with all charts, and the same figures as `results.json` and
+`RESULTS.md`. Trials are kept as they are done: after Ctrl-C the same command goes on. `--data` takes a folder of
+images, one folder in it for each class, or one with the files of CIFAR-10; `--seeds` and `--budget` say how much is
+run. The layers that are trained are in `bnprobe/lab/layers.py`, written from their equations to be read, and tested
+against torch's.
+"""
+
+
+def found(name: str) -> LabReport:
+    """What an experiment found, as it is kept here."""
+    return LabReport.load(FOLDER / name / "results.json")
+
+
+def pages() -> dict[Path, str]:
+    """Every page of results, and the gallery, by its path."""
+    reports = [found(name) for name in EXPERIMENTS.names()]
+    texts = {FOLDER / each.experiment / "RESULTS.md": render(each, "markdown") for each in reports}
+    return {**texts, FOLDER / "README.md": "\n".join([INTRODUCTION, *map(_entry, reports)])}
+
+
+def _entry(report: LabReport) -> str:
+    name = report.experiment
+    refuted = [f"Refuted: {prose(claim.text)}" for claim in report.claims if claim.verdict == "refuted"]
+    lines = [
+        f"## {name}: {prose(report.title)}",
+        f"{prose(report.question)} {prose(lab.one_line(report))}. [All figures]({name}/RESULTS.md)",
+        *refuted,
+        f"![{prose(report.charts[0].title)}]({name}/{name}.svg)",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
