@@ -116,6 +116,15 @@ class Results:
         """The mean of a figure over seeds with its 95% t interval; None: no trial has it."""
         return mean_of(self.values(name))
 
+    def averaged(self, name: str) -> Estimate | None:
+        """The same of the mean over all conditions of a seed."""
+        found: dict[int, list[float]] = {}
+        for trial in self.trials:
+            value = trial.values.get(name)
+            if isinstance(value, int | float):
+                found.setdefault(trial.seed, []).append(float(value))
+        return mean_of([math.fsum(values) / len(values) for values in found.values()])
+
     def less(self, name: str, other: Results) -> Estimate | None:
         """The mean difference of a figure from that of other trials of the same seeds, paired by seed."""
         here, there = self.by_seed(name), other.by_seed(name)

@@ -31,6 +31,7 @@ class ExperimentRow:
 IOFFE_2015 = "Ioffe & Szegedy 2015, Batch Normalization, arXiv 1502.03167"
 IOFFE_2017 = "Ioffe 2017, Batch Renormalization, arXiv 1702.03275"
 SANTURKAR = "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, arXiv 1805.11604"
+LI = "Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization, arXiv 1801.05134"
 
 EXPERIMENTS: Registry[ExperimentRow] = Registry(
     "bnprobe.experiments",
@@ -41,6 +42,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             question="How far are statistics of B samples from the population's, and as far as formulas say?",
             sources=(IOFFE_2017,),
             code="bnprobe.lab.small_batch:SmallBatch",
+        ),
+        ExperimentRow(
+            name="dropout",
+            title="Dropout before and behind batch norm",
+            question="How far does dropout move the variance that batch norm keeps, what does it cost, what mends it?",
+            sources=(LI,),
+            code="bnprobe.lab.dropout:Dropout",
         ),
     ),
     name_of=lambda row: row.name,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.layers import BatchNorm, BatchRenorm, group_norm, instance_norm, layer_norm
+from bnprobe.lab.layers import BatchNorm, BatchRenorm, batch_moments, group_norm, instance_norm, layer_norm
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalization of so many channels."""
@@ -83,3 +83,30 @@ def held_out_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float
         return accuracy(model, images, labels)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def input_of(model: nn.Module, layer: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
+    """What a layer gets where the model runs on these images, in the mode that it is in."""
+    given: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    try:
+        for part in images.split(batch):
+            model(part)
+    finally:
+        hook.remove()
+    return torch.cat(given)
+
+
+@torch.no_grad()
+def take_population(model: nn.Module, images: Tensor) -> None:
+    """Set the running statistics of all `BatchNorm` layers to those of these images at inference, layer after layer.
+
+    The model is in eval mode afterwards.
+    """
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm):
+            mean, variance = batch_moments(input_of(model, layer, images))
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(variance)

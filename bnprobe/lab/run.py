@@ -161,9 +161,9 @@ def _trial(row: ExperimentRow, seed: int, condition: Condition, budget: Budget) 
         torch.set_num_threads(1)
         try:
             seed_everything(seed)
-            begun = time.perf_counter()
+            begun = time.process_time()
             values = _loaded(row).trial(condition, seed, budget)
-            return Trial(dict(condition), seed, _finite(values), round(time.perf_counter() - begun, 3))
+            return Trial(dict(condition), seed, _finite(values), round(time.process_time() - begun, 3))
         finally:
             torch.set_num_threads(threads)
 

@@ -25,7 +25,7 @@ from bnprobe.lab.experiment import (
     near,
 )
 from bnprobe.lab.layers import BatchNorm, batch_moments, corrections
-from bnprobe.lab.networks import conv_net, train
+from bnprobe.lab.networks import conv_net, take_population, train
 from bnprobe.records import LabChart
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
@@ -209,7 +209,7 @@ def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget)
     most = min(len(images.train), budget.of(IMAGES, SIZES[-1]))
     usable = most // SIZES[-1] * SIZES[-1]  # no size has a smaller last batch
     pixels, labels = images.train[:usable], images.train_labels[:usable]
-    _take_population(model, layers, pixels)
+    take_population(model, pixels)
     for layer in layers:
         layer.momentum = 0.0
     exact = _gradient(model.train(), pixels, labels, usable)
@@ -253,18 +253,3 @@ def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor, size: int) -> Te
     for chosen, expected in parts:
         (F.cross_entropy(model(chosen), expected) / len(parts)).backward()
     return torch.cat([each.grad.flatten().clone() for each in model.parameters() if each.grad is not None])
-
-
-@torch.no_grad()
-def _take_population(model: nn.Module, layers: Sequence[BatchNorm], pixels: Tensor) -> None:
-    """Set running statistics to those of all images, layer after layer, as they are at inference."""
-    model.eval()
-    for layer in layers:
-        held: list[Tensor] = []
-        hook = layer.register_forward_pre_hook(lambda _, given, held=held: held.append(given[0]))
-        for part in pixels.split(256):
-            model(part)
-        hook.remove()
-        mean, variance = batch_moments(torch.cat(held))
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(variance)

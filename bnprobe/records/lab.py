@@ -93,7 +93,7 @@ class Trial(Record):
         condition: What was different from other trials.
         seed: Of everything random in it.
         values: What was measured; None: no number, e.g. because the training diverged.
-        seconds: What it took.
+        seconds: Processor time.
     """
 
     condition: Mapping[str, Setting]
@@ -114,7 +114,7 @@ class LabReport(Document):
         data: What the networks were trained and scored on; empty: the experiment needs no data.
         budget: Amount of work, as a multiple of the default.
         seeds: Trials of each condition.
-        seconds: What the trials took, added up.
+        seconds: Processor time of all trials.
         claims, charts, tables: What was found.
         notes: What the reader should know, a sentence each.
         trials: Every run.

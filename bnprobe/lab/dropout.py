@@ -1,0 +1,184 @@
+"""``dropout``: dropout before batch norm leaves it a running variance with noise that inference does not have.
+
+Li et al. 2019 (arXiv 1801.05134) call it variance shift. Inverted dropout with rate q multiplies each input x of a
+linear map by 0 or by 1 / (1 - q), so that the mean stays and each input has the further variance x^2 q / (1 - q). The
+draws are independent, so the output y = sum of w x has, in training,
+
+    Var(y in training) = Var(y at inference) + q / (1 - q) * sum over inputs of w^2 E[x^2],
+
+whatever the distribution of x and however its entries depend on each other (their section 3 has two special cases of
+it). The running variance of the batch norm behind it is the first of these, and what it normalizes at inference has
+the second.
+
+A network of three convolutions is trained with dropout before the third one, whose batch norm it disturbs, or behind
+the last batch norm, where it disturbs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    mean_of,
+    near,
+    within,
+)
+from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
+from bnprobe.lab.networks import conv_net, held_out_accuracy, input_of, take_population, train
+from bnprobe.records import LabChart
+
+BEFORE, AFTER = "before batch norm", "behind the last batch norm"
+RATES = (0.1, 0.3, 0.5, 0.7)
+LARGE = 0.5
+"""The rate at which both places are compared: that of Hinton et al. 2012, which is used most."""
+
+BATCH, STEPS, RATE = 32, 300, 0.05
+MASKS = 8
+"""Draws of dropout for each image, where variances are measured."""
+
+
+class Dropout(Experiment):
+    """Both places, a sweep of rates, and no dropout at all."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """Places and rates."""
+        return [{"place": place, "rate": rate} for place in (BEFORE, AFTER) for rate in (0.0, *RATES)]
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Train, then measure variances, and accuracy before and after statistics are taken without dropout."""
+        images = load(budget.data)
+        rate = float(condition["rate"])
+        model = _network(images, str(condition["place"]), rate)
+        steps = batches(
+            images.train, images.train_labels, BATCH, budget.of(STEPS, 20), torch.Generator().manual_seed(seed)
+        )
+        train(model, steps, RATE)
+        last = [layer for layer in model if isinstance(layer, BatchNorm)][-1]
+        measured, expected = _shift(model, last, images.train, rate, budget.of(MASKS))
+        trained = held_out_accuracy(model, images.test, images.test_labels)
+        take_population(model, images.train)
+        return {
+            "variance shift": measured,
+            "variance shift by the formula": expected,
+            "variance shift over the formula": measured / expected,
+            "accuracy": trained,
+            "accuracy with statistics taken anew": held_out_accuracy(model, images.test, images.test_labels),
+        }
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """The formula, what the shift costs, and whether new statistics mend it."""
+        before, after = results.where(place=BEFORE), results.where(place=AFTER)
+        large = before.where(rate=LARGE)
+        shift = "variance shift over the formula"
+        recalibrated = "accuracy with statistics taken anew"
+        gains = [new - old for new, old in zip(large.values(recalibrated), large.values("accuracy"), strict=True)]
+        exact = [abs(value - 1) for rate in RATES for value in after.where(rate=rate).values("variance shift")]
+        return Findings(
+            claims=(
+                near(
+                    "The variance shift is what the formula says, at every rate.",
+                    before.averaged(shift),
+                    1.0,
+                    0.02,
+                    "Measured over the formula's, mean over rates",
+                ),
+                above(
+                    "The shift grows with the rate.",
+                    before.where(rate=RATES[-1]).less("variance shift", before.where(rate=RATES[0])),
+                    0.0,
+                    f"Variance in training over that at inference, at rate {RATES[-1]} less at {RATES[0]}",
+                ),
+                within(
+                    "Dropout behind the last batch norm shifts no variance.",
+                    max(exact, default=None),
+                    1e-5,
+                    "Largest deviation of the ratio from 1",
+                ),
+                above(
+                    f"At rate {LARGE} dropout before batch norm costs accuracy that dropout behind it does not.",
+                    after.where(rate=LARGE).less("accuracy", large),
+                    0.0,
+                    "Held-out accuracy behind it less before it",
+                ),
+                above(
+                    "Statistics taken anew, without dropout, give back what the shift cost.",
+                    mean_of(gains),
+                    0.0,
+                    f"Gain of held-out accuracy, dropout before batch norm at rate {LARGE}",
+                ),
+            ),
+            charts=(
+                LabChart(
+                    "shift",
+                    "Variance in training over that at inference",
+                    "rate of dropout",
+                    "ratio of variances",
+                    "linear",
+                    "linear",
+                    (
+                        before.series("variance shift", "rate", BEFORE),
+                        before.series("variance shift by the formula", "rate", "formula"),
+                        after.series("variance shift", "rate", AFTER),
+                    ),
+                    (
+                        "The batch norm layer of the third convolution; the formula with the weights and inputs of"
+                        " each network.",
+                    ),
+                ),
+                LabChart(
+                    "accuracy",
+                    "Held-out accuracy",
+                    "rate of dropout",
+                    "accuracy",
+                    "linear",
+                    "linear",
+                    (
+                        before.series("accuracy", "rate", BEFORE),
+                        before.series(recalibrated, "rate", f"{BEFORE}, statistics taken anew"),
+                        after.series("accuracy", "rate", AFTER),
+                    ),
+                ),
+            ),
+        )
+
+
+def _network(images: Images, place: str, rate: float) -> nn.Sequential:
+    layers = list(conv_net(images.train.shape[1:], images.classes, BatchNorm))
+    convolutions = [position for position, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    layers.insert(convolutions[-1] if place == BEFORE else len(layers) - 1, nn.Dropout(rate))
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def _shift(model: nn.Sequential, last: BatchNorm, pixels: Tensor, rate: float, masks: int) -> tuple[float, float]:
+    """Variance at a batch norm layer with dropout over that without it, mean over channels: measured, and expected.
+
+    All else is as at inference, so that the two differ by dropout alone.
+    """
+    convolution = model[list(model).index(last) - 1]
+    assert isinstance(convolution, nn.Conv2d)
+    model.eval()
+    mean, without = batch_moments(input_of(model, last, pixels))
+    values = input_of(model, convolution, pixels)
+    for layer in model:
+        layer.train(isinstance(layer, nn.Dropout))
+    drawn = [input_of(model, last, pixels) - per_channel(mean, values) for _ in range(masks)]
+    measured = torch.stack([each.square().mean((0, 2, 3)) for each in drawn]).mean(0)
+    expected = without.clone()
+    if isinstance(model[list(model).index(convolution) - 1], nn.Dropout):
+        # E[x^2] of each position, through the convolution with squared weights, and the mean over positions.
+        noise = F.conv2d(values.square().mean(0, keepdim=True), convolution.weight.square(), padding=1)
+        expected += rate / (1 - rate) * noise.mean((0, 2, 3))
+    return (measured / without).mean().item(), (expected / without).mean().item()
