@@ -44,6 +44,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             code="bnprobe.lab.small_batch:SmallBatch",
         ),
         ExperimentRow(
+            name="style",
+            title="Between batch norm and instance norm",
+            question="Which blend of an image's own statistics and those of all images holds where styles differ?",
+            sources=(),
+            code="bnprobe.lab.style:Style",
+        ),
+        ExperimentRow(
             name="dropout",
             title="Dropout before and behind batch norm",
             question="How far does dropout move the variance that batch norm keeps, what does it cost, what mends it?",
