@@ -144,6 +144,18 @@ class Results:
         x = [level if isinstance(level, str) else float(level) for level in levels]
         return series(name, x, [chosen.where(**{over: level}).mean(figure) for level in levels])
 
+    def along(self, figure: str, x: Sequence[float], name: str) -> LabSeries:
+        """The mean over seeds of a figure that has a value at each x, e.g. at each epoch; diverged runs are left out.
+
+        Args:
+            figure: Name of the figure.
+            x: Where its values are.
+            name: What the series is called.
+        """
+        lists = [value for trial in self.trials if isinstance(value := trial.values.get(figure), tuple)]
+        places = [[value for each in lists if (value := each[place]) is not None] for place in range(len(x))]
+        return series(name, x, [mean_of(values) for values in places])
+
 
 def mean_of(values: Sequence[float]) -> Estimate | None:
     """The mean with its 95% t interval; None: there are no values."""

@@ -37,6 +37,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
     "bnprobe.experiments",
     (
         ExperimentRow(
+            name="scratch",
+            title="Batch norm from the equations",
+            question="Is a layer written from the paper's equations torch's, and what does it change in training?",
+            sources=(IOFFE_2015,),
+            code="bnprobe.lab.scratch:Scratch",
+        ),
+        ExperimentRow(
             name="small-batch",
             title="What a small batch does to its statistics",
             question="How far are statistics of B samples from the population's, and as far as formulas say?",

@@ -8,6 +8,8 @@ mean and variance are taken, and whether others are used at inference.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,21 +39,22 @@ class BatchNorm(Affine):
         channels: Dimension 1 of the input.
         momentum: Weight of the newest batch in the moving averages.
         frozen: Whether the moving averages normalize in training too, and stay as they are.
+        eps: Added to the variance.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, momentum: float = 0.1, frozen: bool = False) -> None:
+    def __init__(self, channels: int, momentum: float = 0.1, frozen: bool = False, eps: float = EPS) -> None:
         super().__init__(channels)
-        self.momentum, self.frozen = momentum, frozen
+        self.momentum, self.frozen, self.eps = momentum, frozen, eps
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize."""
         if not self.training or self.frozen:
-            return self.affine(standardize(x, self.running_mean, self.running_var))
+            return self.affine(standardize(x, self.running_mean, self.running_var, self.eps))
         mean, variance = batch_moments(x)
         normalized = self.normalize(x, mean, variance)
         self.track(mean.detach(), variance.detach(), x.numel() // x.shape[1])
@@ -59,12 +62,57 @@ class BatchNorm(Affine):
 
     def normalize(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """With the statistics of the batch, through which gradients flow."""
-        return standardize(x, mean, variance)
+        return standardize(x, mean, variance, self.eps)
 
     def track(self, mean: Tensor, variance: Tensor, values: int) -> None:
         """Move the averages toward the batch, whose biased variance is over so many values."""
         self.running_mean += self.momentum * (mean - self.running_mean)
         self.running_var += self.momentum * (variance * values / max(values - 1, 1) - self.running_var)
+
+
+class BatchNormByHand(BatchNorm):
+    """Batch norm whose gradients are written by hand too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        if not self.training or self.frozen:
+            return super().forward(x)
+        y, mean, variance = _batch_transform(x, self.weight, self.bias, self.eps)
+        self.track(mean, variance, x.numel() // x.shape[1])
+        return y
+
+
+class _BatchTransform(torch.autograd.Function):
+    """What batch norm does in training, and its gradients by the chain rule (Ioffe & Szegedy 2015, section 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean, variance = batch_moments(x)
+        normalized = standardize(x, mean, variance, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, mean, variance, normalized, weight)
+        ctx.mark_non_differentiable(mean, variance)
+        return normalized * per_channel(weight, x) + per_channel(bias, x), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, by_y: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """From the gradient of the loss by y to those by x, weight and bias."""
+        x, mean, variance, normalized, weight = ctx.saved_tensors
+        values = x.numel() // x.shape[1]
+        centered = x - per_channel(mean, x)
+        sigma = (variance + ctx.eps).sqrt()
+        by_normalized = by_y * per_channel(weight, x)
+        by_variance = _sums(by_normalized * centered) * -0.5 / sigma**3
+        by_mean = -_sums(by_normalized) / sigma - by_variance * 2 * _sums(centered) / values
+        by_x = (
+            by_normalized / per_channel(sigma, x)
+            + per_channel(by_variance, x) * 2 * centered / values
+            + per_channel(by_mean, x) / values
+        )
+        return by_x, _sums(by_y * normalized), _sums(by_y), None
+
+
+_batch_transform: Callable[..., tuple[Tensor, Tensor, Tensor]] = _BatchTransform.apply
 
 
 class BatchRenorm(BatchNorm):
@@ -140,11 +188,16 @@ def corrections(mean: Tensor, variance: Tensor, running_mean: Tensor, running_va
     return (variance + EPS).sqrt() / sigma, (mean - running_mean) / sigma
 
 
-def standardize(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def standardize(x: Tensor, mean: Tensor, variance: Tensor, eps: float = EPS) -> Tensor:
     """(x - mean) / sqrt(variance + eps), channel by channel."""
-    return (x - per_channel(mean, x)) / per_channel((variance + EPS).sqrt(), x)
+    return (x - per_channel(mean, x)) / per_channel((variance + eps).sqrt(), x)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """A value for each channel, in a shape that meets that of the input."""
     return values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Over samples and positions, shape (channels,)."""
+    return x.sum([0, *range(2, x.dim())])

@@ -42,16 +42,18 @@ def agree(ours: nn.Module, others: nn.Module, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("momentum", [0.1, 0.7])
-def test_batch_norm_is_torchs(shape: tuple[int, ...], momentum: float) -> None:
-    ours, torchs = perturbed(layers.BatchNorm(CHANNELS, momentum)), TORCHS[len(shape)](CHANNELS, momentum=momentum)
-    torchs = perturbed(torchs)
+@pytest.mark.parametrize("kind", [layers.BatchNorm, layers.BatchNormByHand])
+def test_batch_norm_is_torchs(kind: type[layers.BatchNorm], shape: tuple[int, ...], momentum: float) -> None:
+    ours = perturbed(kind(CHANNELS, momentum, eps=0.01))
+    torchs = perturbed(TORCHS[len(shape)](CHANNELS, momentum=momentum, eps=0.01))
     agree(ours, torchs, shape)
     torch.testing.assert_close(ours.running_mean, torchs.running_mean)
     torch.testing.assert_close(ours.running_var, torchs.running_var)
 
 
-def test_frozen_batch_norm_keeps_and_uses_its_averages() -> None:
-    layer = layers.BatchNorm(CHANNELS, frozen=True).double()
+@pytest.mark.parametrize("kind", [layers.BatchNorm, layers.BatchNormByHand])
+def test_frozen_batch_norm_keeps_and_uses_its_averages(kind: type[layers.BatchNorm]) -> None:
+    layer = kind(CHANNELS, frozen=True).double()
     layer.running_mean += 3
     x = inputs((6, CHANNELS, 4, 4))
     assert torch.equal(layer.train()(x), layer.eval()(x))

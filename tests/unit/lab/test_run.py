@@ -193,3 +193,10 @@ def test_an_interval_is_students_and_differences_are_paired_by_seed() -> None:
     assert spread.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     with pytest.raises(ValueError, match="name the whole condition"):
         results.mean("x")
+
+
+def test_a_series_leaves_out_what_diverged() -> None:
+    losses = [(2.0, 1.0), (4.0, None), None]
+    results = Results(Trial({}, seed, {"loss": found}, 0.0) for seed, found in enumerate(losses))
+    found = results.along("loss", [1, 2], "with")
+    assert (found.name, found.x, found.y) == ("with", (1, 2), (3.0, 1.0))

@@ -1,0 +1,334 @@
+"""``scratch``: a batch norm that is written from the equations, beside torch's and beside none.
+
+First the layer alone, on random values: outputs in both modes, running statistics and the three gradients of section 3
+of the paper, each against torch's ``nn.BatchNorm2d``. Rounding is all that may differ. Then a network is trained twice
+from one seed, with this layer and with torch's, and the losses are compared step by step. At last the network is
+trained to the end with this layer, with torch's and with no normalization.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    below,
+    mean_of,
+    near,
+    within,
+)
+from bnprobe.lab.layers import BatchNormByHand
+from bnprobe.lab.networks import NORMS, Norm, conv_net, held_out_accuracy, train
+from bnprobe.numbers import score
+from bnprobe.records import Claim, LabChart, LabTable
+
+PRECISIONS: Mapping[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
+ARMS: Mapping[str, Norm] = {"written from the equations": BatchNormByHand, "torch's": nn.BatchNorm2d}
+OURS, TORCHS, NONE = *ARMS, "none"
+LAYER, STEPS, TRAINING = "layer", "steps", "training"
+
+SHAPE = (32, 8, 7, 7)
+"""Of the inputs of the layer alone: samples, channels, height, width."""
+
+CHECKED: Mapping[str, Sequence[str]] = {
+    "Outputs": ("output in training", "output at inference"),
+    "Gradients": ("gradient of the input", "gradient of the weight", "gradient of the bias"),
+    "Running statistics": ("running mean", "running variance"),
+}
+"""What of the layer is compared with torch's."""
+
+BATCH, RATE = 64, 0.1
+EPOCHS = 20
+FIRST = 10
+"""Steps in which training with both layers must agree."""
+
+
+class Scratch(Experiment):
+    """The layer alone in two precisions, the first steps in two precisions, and three networks trained to the end."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """Each part and what it compares."""
+        return [
+            *({"part": part, "precision": precision} for part in (LAYER, STEPS) for precision in PRECISIONS),
+            *({"part": TRAINING, "normalization": name} for name in (*ARMS, NONE)),
+        ]
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """One part."""
+        if condition["part"] == LAYER:
+            return _layer(PRECISIONS[str(condition["precision"])])
+        images = load(budget.data)
+        if condition["part"] == STEPS:
+            return _same_steps(images, PRECISIONS[str(condition["precision"])], seed, budget)
+        return _training(images, {**ARMS, **NORMS}[str(condition["normalization"])], seed, budget)
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """Exactness first, then what the layer is good for."""
+        ours, torchs, none = (results.where(part=TRAINING, normalization=name) for name in (OURS, TORCHS, NONE))
+        steps = _steps(budget)
+        epochs = _epochs(load(budget.data), budget)
+        return Findings(
+            claims=(
+                *_exact(results.where(part=LAYER)),
+                *(_agreement(results.where(part=STEPS), precision) for precision in PRECISIONS),
+                near(
+                    "Trained to the end, the network is as good with this layer as with torch's.",
+                    mean_of(_ratios(ours, torchs, "accuracy")),
+                    1.0,
+                    0.01,
+                    "Held-out accuracy over that with torch's layer",
+                ),
+                below(
+                    "At the same learning rate, batch norm needs less than half of the steps to the accuracy at which"
+                    " the network without ends (figure 3 of the paper: 13.3 of 31.0 million).",
+                    mean_of(_shares(ours, none)),
+                    0.5,
+                    "Share of the steps",
+                ),
+                above(
+                    "The network with batch norm ends with a higher held-out accuracy than the one without.",
+                    ours.less("accuracy", none),
+                ),
+                above(
+                    "Batch norm keeps gradients from vanishing on their way to the first layer.",
+                    ours.less("gradient ratio at the start", none),
+                    what="Gradient of the first convolution over that of the last, in the first epoch, less that"
+                    " without",
+                ),
+            ),
+            charts=(
+                LabChart(
+                    "convergence",
+                    "Loss in training",
+                    "epochs",
+                    "cross entropy, mean over an epoch",
+                    "linear",
+                    "log",
+                    tuple(
+                        arm.along("loss", epochs, name)
+                        for arm, name in ((ours, "batch norm from the equations"), (torchs, "torch's"), (none, NONE))
+                    ),
+                    (f"Learning rate {RATE} with momentum 0.9, batches of {BATCH}, for all.",),
+                ),
+                LabChart(
+                    "accuracy",
+                    "Held-out accuracy",
+                    "epochs",
+                    "share of right answers",
+                    "linear",
+                    "linear",
+                    (ours.along("accuracies", epochs, "batch norm"), none.along("accuracies", epochs, NONE)),
+                ),
+                LabChart(
+                    "gradients",
+                    "Length of the gradient",
+                    "epochs",
+                    "length, mean over an epoch",
+                    "linear",
+                    "log",
+                    tuple(
+                        arm.along(f"gradient of the {layer} convolution", epochs, f"{layer} convolution, {name}")
+                        for arm, name in ((ours, "batch norm"), (none, NONE))
+                        for layer in ("first", "last")
+                    ),
+                    ("Where the two lines of a network are far apart, the gradient vanishes or explodes on its way.",),
+                ),
+                LabChart(
+                    "rounding",
+                    "How far losses with this layer and with torch's are apart",
+                    "steps",
+                    "difference of the losses over the loss",
+                    "log",
+                    "log",
+                    tuple(
+                        results.where(part=STEPS, precision=precision).along("difference", steps, precision)
+                        for precision in PRECISIONS
+                    ),
+                    ("Training magnifies rounding: after many steps two runs that differ in a last digit are apart.",),
+                ),
+            ),
+            tables=(_deviations(results.where(part=LAYER)),),
+        )
+
+
+def rounding(values: int, precision: torch.dtype) -> float:
+    """The relative error of a sum of so many values, as rounding errors in random directions add up to."""
+    return math.sqrt(values) * torch.finfo(precision).eps
+
+
+# --- Trials -----------------------------------------------------------------------------------------------------------
+
+
+def _layer(precision: torch.dtype) -> Values:
+    """The largest deviation of each figure from torch's, over the largest magnitude of torch's."""
+    ours, torchs = BatchNormByHand(SHAPE[1]).to(precision), nn.BatchNorm2d(SHAPE[1]).to(precision)
+    for parameter, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+        nn.init.normal_(parameter, 1.0, 0.5)
+        other.data.copy_(parameter.data)
+    inputs = [3 + 2 * torch.randn(SHAPE, dtype=precision) for _ in range(10)]
+    weighing = torch.randn(SHAPE, dtype=precision)
+    found, expected = (_figures(layer, inputs, weighing) for layer in (ours, torchs))
+    return {
+        name: ((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item()
+        for names in CHECKED.values()
+        for name in names
+    }
+
+
+def _figures(layer: nn.Module, inputs: Sequence[Tensor], weighing: Tensor) -> Mapping[str, Tensor]:
+    """What is compared: after training on all inputs, with the weighted sum of the last outputs as the loss."""
+    for each in inputs[:-1]:
+        layer(each)
+    x = inputs[-1].clone().requires_grad_()
+    y = layer(x)
+    by_x, by_weight, by_bias = torch.autograd.grad((y * weighing).sum(), [x, *layer.parameters()])
+    return {
+        "output in training": y.detach(),
+        "output at inference": layer.eval()(x).detach(),
+        "gradient of the input": by_x,
+        "gradient of the weight": by_weight,
+        "gradient of the bias": by_bias,
+        "running mean": layer.get_buffer("running_mean"),
+        "running variance": layer.get_buffer("running_var"),
+    }
+
+
+def _same_steps(images: Images, precision: torch.dtype, seed: int, budget: Budget) -> Values:
+    """Train with both layers from one seed; how far the losses of each step are apart."""
+    steps = _steps(budget)
+    ours, torchs = (_losses(images, norm, precision, seed, steps[-1]) for norm in ARMS.values())
+    apart = [abs(here - there) / there for here, there in zip(ours, torchs, strict=True)]
+    return {"first steps": max(apart[:FIRST]), "difference": [apart[step - 1] for step in steps]}
+
+
+def _losses(images: Images, norm: Norm, precision: torch.dtype, seed: int, steps: int) -> list[float]:
+    torch.manual_seed(seed)
+    model = conv_net(images.train.shape[1:], images.classes, norm).to(precision)
+    draws = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    drawn = batches(images.train.to(precision), images.train_labels, BATCH, steps, draws)
+    train(model, drawn, RATE, lambda _, loss: losses.append(loss))
+    return losses
+
+
+def _training(images: Images, norm: Norm, seed: int, budget: Budget) -> Values:
+    """Loss, accuracy and gradients of each epoch."""
+    model = conv_net(images.train.shape[1:], images.classes, norm)
+    convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d)]
+    names = ["loss", *(f"gradient of the {which} convolution" for which in ("first", "last")), "gradient"]
+    sums = dict.fromkeys(names, 0.0)
+    found: dict[str, list[float]] = {name: [] for name in (*names, "accuracies")}
+    per_epoch = _steps_of_epoch(budget)
+
+    def after_step(step: int, loss: float) -> None:
+        lengths = [_length(each) for each in (convolutions[0], convolutions[-1], model)]
+        for name, value in zip(names, (loss, *lengths), strict=True):
+            sums[name] += value / per_epoch
+        if (step + 1) % per_epoch == 0:
+            for name in names:
+                found[name].append(sums[name])
+                sums[name] = 0.0
+            found["accuracies"].append(held_out_accuracy(model, images.test, images.test_labels))
+            model.train()
+
+    draws = torch.Generator().manual_seed(seed)
+    train(model, batches(images.train, images.train_labels, BATCH, EPOCHS * per_epoch, draws), RATE, after_step)
+    first, last = (found[f"gradient of the {which} convolution"][0] for which in ("first", "last"))
+    return {**found, "accuracy": found["accuracies"][-1], "gradient ratio at the start": first / last}
+
+
+def _length(module: nn.Module) -> float:
+    """Of the gradient of a module's weights and biases, as one vector."""
+    return math.sqrt(sum(each.grad.square().sum().item() for each in module.parameters() if each.grad is not None))
+
+
+def _steps_of_epoch(budget: Budget) -> int:
+    """21 batches of 64 are an epoch of the digits."""
+    return budget.of(21, 2)
+
+
+def _epochs(images: Images, budget: Budget) -> list[float]:
+    """The epochs after which figures are taken."""
+    each = _steps_of_epoch(budget) * BATCH / len(images.train)
+    return [round(number * each, 1 if each > 0.5 else 2) for number in range(1, EPOCHS + 1)]
+
+
+def _steps(budget: Budget) -> list[int]:
+    """The steps at which losses are compared."""
+    most = budget.of(200, 2 * FIRST)
+    return [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if step <= most]
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+
+def _exact(layer: Results) -> Iterator[Claim]:
+    """A claim for each precision and kind of figure."""
+    values = math.prod(SHAPE) // SHAPE[1]
+    for precision, dtype in PRECISIONS.items():
+        for kind, names in CHECKED.items():
+            worst = [_worst(layer.where(precision=precision), name) for name in names]
+            yield within(
+                f"{kind} are those of torch's BatchNorm2d to rounding, in {precision}.",
+                max((each for each in worst if each is not None), default=None),
+                rounding(values, dtype),
+                f"Largest relative deviation, of all seeds (rounding of {values:,} values)",
+            )
+
+
+def _agreement(steps: Results, precision: str) -> Claim:
+    return within(
+        f"From the same seed, training with this layer takes the path of torch's: in the first {FIRST} steps the"
+        f" losses agree in at least half of the digits of {precision}.",
+        _worst(steps.where(precision=precision), "first steps"),
+        math.sqrt(torch.finfo(PRECISIONS[precision]).eps),
+        "Largest relative difference of losses, of all seeds",
+    )
+
+
+def _worst(results: Results, name: str) -> float | None:
+    return max(results.values(name), default=None)
+
+
+def _ratios(ours: Results, others: Results, name: str) -> list[float]:
+    here, there = ours.by_seed(name), others.by_seed(name)
+    return [here[seed] / there[seed] for seed in here if seed in there]
+
+
+def _shares(ours: Results, none: Results) -> list[float]:
+    """Of all steps, those after which a network is as accurate as the other is at the end, for each seed."""
+    final = none.by_seed("accuracy")
+    shares = []
+    for trial in ours:
+        accuracies = trial.values.get("accuracies")
+        if trial.seed in final and isinstance(accuracies, tuple):
+            reached = (number for number, each in enumerate(accuracies, 1) if (each or 0) >= final[trial.seed])
+            shares.append(next(reached, len(accuracies)) / len(accuracies))
+    return shares
+
+
+def _deviations(layer: Results) -> LabTable:
+    def shown(value: float | None) -> str:
+        return "" if value is None else score(value)
+
+    names = [name for names in CHECKED.values() for name in names]
+    return LabTable(
+        "Largest relative deviation from torch's BatchNorm2d",
+        ("figure", *PRECISIONS),
+        tuple(
+            (name, *(shown(_worst(layer.where(precision=precision), name)) for precision in PRECISIONS))
+            for name in names
+        ),
+        ("Over the largest magnitude of the figure; of all seeds.",),
+    )
