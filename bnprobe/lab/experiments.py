@@ -44,6 +44,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             code="bnprobe.lab.scratch:Scratch",
         ),
         ExperimentRow(
+            name="rates",
+            title="How high a learning rate may be",
+            question="How much higher may the learning rate be with batch norm, and why?",
+            sources=(IOFFE_2015, SANTURKAR),
+            code="bnprobe.lab.rates:Rates",
+        ),
+        ExperimentRow(
             name="small-batch",
             title="What a small batch does to its statistics",
             question="How far are statistics of B samples from the population's, and as far as formulas say?",

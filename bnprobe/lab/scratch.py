@@ -155,7 +155,10 @@ class Scratch(Experiment):
                         results.where(part=STEPS, precision=precision).along("difference", steps, precision)
                         for precision in PRECISIONS
                     ),
-                    ("Training magnifies rounding: after many steps two runs that differ in a last digit are apart.",),
+                    (
+                        "Training magnifies rounding: after many steps two runs that differ in a last digit are apart."
+                        " A mean difference of zero is not drawn.",
+                    ),
                 ),
             ),
             tables=(_deviations(results.where(part=LAYER)),),

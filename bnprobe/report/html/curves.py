@@ -114,11 +114,12 @@ def _numbers_axis(chart: LabChart) -> Any:
         values = {"values": places} if len(places) <= 12 else {}
         return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~g", grid=False, **values))
     scale = alt.Scale(zero=False, nice=False, padding=8)
-    return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~g", grid=False))
+    # Of "~g", Vega keeps two digits where ticks are ten apart, and writes 1.1e+2.
+    return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~r", grid=False))
 
 
 def _y_scale(chart: LabChart, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
     ends = [value for row in rows for value in (row["low"], row["y"], row["high"]) if math.isfinite(value)]
     if chart.y_scale == "log" and ends:
         return log_scale(ends, chart.y)
-    return altair().Scale(zero=False, nice=True, padding=6), y_axis(chart.y, format="~g")
+    return altair().Scale(zero=False, nice=True, padding=6), y_axis(chart.y, format="~r")

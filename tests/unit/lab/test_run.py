@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,10 +15,11 @@ import torch
 
 from bnprobe import lab
 from bnprobe.errors import UsageError
-from bnprobe.lab.experiment import Budget, Experiment, Findings, Results, above, below, mean_of, near, within
+from bnprobe.lab.experiment import Budget, Experiment, Findings, Results, above, below, formula, mean_of, near, within
 from bnprobe.lab.run import TRIALS
-from bnprobe.records import Estimate, LabReport, Trial
+from bnprobe.records import Estimate, LabChart, LabReport, Trial
 from bnprobe.report import render
+from bnprobe.report.html import picture_of_lab
 
 ROW = lab.ExperimentRow("dice", "Dice", "Are dice fair?", (), f"{__name__}:Dice", takes_data=False)
 
@@ -146,6 +149,14 @@ def test_results_are_read_back_and_rendered(tmp_path: Path) -> None:
         text = render(found, format_)
         for claim in found.claims:
             assert claim.text.split()[0] in text
+
+
+def test_numbers_along_an_axis_are_written_out() -> None:
+    steps = [float(step) for step in range(10, 260, 10)]
+    chart = LabChart("steps", "Steps", "steps", "loss", "linear", "linear", (formula("twice", steps, lambda x: 2 * x),))
+    drawn = picture_of_lab(replace(rolled(), charts=(chart,)))
+    assert re.findall(r">(\d+\.?\d*e[+-]?\d+)<", drawn) == []
+    assert {">200<", ">400<"} <= set(re.findall(r">\d+<", drawn))
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,487 @@
+"""``rates``: how high a learning rate may be, with batch norm and without, and two explanations.
+
+Ioffe & Szegedy 2015 trained with 30 times the usual rate, and gave the reason in section 3.3: of a layer with batch
+norm behind it, BN((aW) x) = BN(W x), and the gradient by aW is 1/a of that by W, so that weights that a high rate has
+made large change less. Santurkar et al. 2018 gave another in section 3.1: the loss and its gradient change less along
+the gradient. Here a sweep shows how high the rate may be; the scale of weights is looked at in double precision, where
+eps, which the equations of the paper leave out, is 0 or as usual; and along a training the gradient is followed as far
+as in the paper's figure 4.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    below,
+    mean_of,
+    within,
+)
+from bnprobe.lab.layers import EPS, BatchNorm
+from bnprobe.lab.networks import NORMS, Norm, conv_net, held_out_accuracy, train
+from bnprobe.numbers import percent, score
+from bnprobe.records import Estimate, LabChart, LabTable
+from bnprobe.report.figures import estimate
+
+NONE, NORM = "none", "batch norm"
+SWEEP, SCALE, SMOOTHNESS = "sweep", "scale", "smoothness"
+
+BATCH = 64
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+STEPS = 250
+TIMES = 30
+"""The highest multiple of the usual rate in the paper (its BN-x30)."""
+
+FACTORS = (0.01, 0.03, 0.1, 0.3, 3.0, 10.0, 30.0, 100.0)
+"""By which weights are multiplied."""
+
+EXACT = 1e-12
+"""What holds exactly may be off by so much, relatively: of the 16 digits of float64, four are left to rounding."""
+
+RATE = 0.1
+"""Of training where the gradient is followed."""
+
+REACHES = (0.5, 1.0, 2.0, 3.0, 4.0)
+"""How far it is followed, as multiples of the learning rate, as in the paper."""
+
+
+class Rates(Experiment):
+    """A sweep of rates, a look at the scale of weights, and trainings along which the gradient is followed."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """Each part and what it compares."""
+        yield {"part": SCALE}
+        for name in (NORM, NONE):
+            yield {"part": SMOOTHNESS, "normalization": name}
+            for rate in RATES:
+                yield {"part": SWEEP, "rate": rate, "normalization": name}
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """One part."""
+        images = load(budget.data)
+        if condition["part"] == SCALE:
+            return _scale(images, seed, budget)
+        norm = NORMS[str(condition["normalization"])]
+        if condition["part"] == SWEEP:
+            return _trained(images, norm, float(condition["rate"]), seed, budget)
+        return _along_gradients(images, norm, seed, budget)
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """How high the rate may be, then the explanations."""
+        sweep, scale, smoothness = (results.where(part=part) for part in (SWEEP, SCALE, SMOOTHNESS))
+        norm, none = (sweep.where(normalization=name) for name in (NORM, NONE))
+        best = _best(none)
+        thirty = min(RATES, key=lambda rate: abs(math.log(rate / best / TIMES)))
+        smooth, rough = (smoothness.where(normalization=name) for name in (NORM, NONE))
+        steps = _measured(budget)
+        worst = functools.partial(_worst, scale)
+        return Findings(
+            claims=(
+                above(
+                    "With batch norm the network learns at higher rates.",
+                    mean_of(_reach(norm, none)),
+                    what="Highest rate at which it learns, over that without, in powers of ten",
+                ),
+                above(
+                    f"With batch norm and {TIMES} times the rate that is best without, the network is more accurate"
+                    " than without at that rate (section 4.2.1 of the paper).",
+                    norm.where(rate=thirty).less("accuracy", none.where(rate=best)),
+                    what=f"Held-out accuracy at {thirty:g} less that without at {best:g}",
+                ),
+                within(
+                    "Multiplying the weights before a batch norm by a number does not change the loss (eps = 0).",
+                    worst("change of the loss, eps = 0"),
+                    EXACT,
+                    f"Largest relative change, for factors from {FACTORS[0]:g} to {FACTORS[-1]:g}",
+                ),
+                within(
+                    "Weights c times as large have a gradient 1/c as large (eps = 0).",
+                    worst("deviation of the gradient, eps = 0"),
+                    EXACT,
+                    "Largest relative deviation",
+                ),
+                within(
+                    "The gradient of a filter is orthogonal to it (eps = 0).",
+                    worst("cosine, eps = 0"),
+                    EXACT,
+                    "Largest cosine between a filter and its gradient",
+                ),
+                within(
+                    "So plain SGD only lengthens weights: their squared length grows by the squares of its steps"
+                    " (eps = 0).",
+                    worst("deviation of the growth"),
+                    EXACT,
+                    "Largest relative deviation from the sum of squares",
+                ),
+                within(
+                    "With eps, multiplying weights by c is the same as dividing eps by its square.",
+                    worst("deviation from another eps"),
+                    EXACT,
+                    "Largest relative difference of the losses",
+                ),
+                within(
+                    "The bias of a convolution before a batch norm has no effect in training.",
+                    worst("effect of the bias"),
+                    EXACT,
+                    "Largest of the relative change of the loss, where every bias is moved by 10 or so, and of the"
+                    " bias' gradient over that of batch norm's",
+                ),
+                *(
+                    below(
+                        f"With batch norm {what} (Santurkar et al., figure 4{letter}).",
+                        smooth.less(name, rough),
+                        what=f"{name[0].upper()}{name[1:]}, mean over the training, less that without",
+                    )
+                    for name, what, letter in (
+                        ("range of the loss", "the loss varies less along its gradient", "a"),
+                        ("change of the gradient", "the gradient changes less along itself", "b"),
+                        ("effective smoothness", "the effective smoothness is better, a smaller beta", "c"),
+                    )
+                ),
+            ),
+            charts=(
+                LabChart(
+                    "accuracy",
+                    "Held-out accuracy against the learning rate",
+                    "learning rate",
+                    "share of right answers",
+                    "log",
+                    "linear",
+                    tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in (NORM, NONE)),
+                    (f"SGD with momentum 0.9, batches of {BATCH}, {_steps(budget):,} steps.",),
+                ),
+                LabChart(
+                    "scale",
+                    f"How inexact eps = {EPS:g} makes it",
+                    "factor of the weights",
+                    "relative change of the loss",
+                    "log",
+                    "log",
+                    (
+                        scale.along("change of the loss with eps", FACTORS, "weights times the factor"),
+                        replace(
+                            scale.along("change by another eps", FACTORS, "eps over the factor squared instead"),
+                            theory=True,
+                        ),
+                    ),
+                    (
+                        "Small weights feel eps, as it is no longer small against the variance; for large ones it is"
+                        " as if it were left out.",
+                    ),
+                ),
+                *(
+                    LabChart(
+                        name,
+                        title,
+                        "steps of training",
+                        y,
+                        "linear",
+                        "log",
+                        (smooth.along(figure, steps, NORM), rough.along(figure, steps, NONE)),
+                        legend,
+                    )
+                    for name, title, y, figure, legend in (
+                        (
+                            "loss",
+                            "How much the loss varies along its gradient",
+                            "largest less smallest loss",
+                            "ranges",
+                            (f"Steps of {REACHES[0]:g} to {REACHES[-1]:g} times the learning rate of {RATE:g}.",),
+                        ),
+                        (
+                            "smoothness",
+                            "Effective smoothness: how fast the gradient changes along itself",
+                            "change of the gradient over the distance",
+                            "smoothnesses",
+                            (),
+                        ),
+                    )
+                ),
+            ),
+            tables=(_outcomes(sweep),),
+            notes=tuple(_notes(scale)),
+        )
+
+
+# --- Rates ------------------------------------------------------------------------------------------------------------
+
+
+def _trained(images: Images, norm: Norm, rate: float, seed: int, budget: Budget) -> Values:
+    """Train at one rate; a loss that is no number is none."""
+    model = conv_net(images.train.shape[1:], images.classes, norm)
+    before = _lengths(model)
+    losses: list[float] = []
+    train(model, _drawn(images, seed, _steps(budget)), rate, lambda _, loss: losses.append(loss))
+    last = losses[-max(len(losses) // 10, 1) :]
+    loss = math.fsum(last) / len(last)
+    guessing = math.log(images.classes)
+    growth = [after / start for after, start in zip(_lengths(model), before, strict=True)]
+    return {
+        "loss": loss,
+        "learns": float(loss < guessing / 2),
+        "explodes": float(not all(loss < 10 * guessing for loss in losses)),  # which no number is not either
+        "accuracy": held_out_accuracy(model, images.test, images.test_labels),
+        "growth of the weights": math.fsum(growth) / len(growth),
+    }
+
+
+def _lengths(model: nn.Module) -> list[float]:
+    """Of the weights of each convolution."""
+    return [each.weight.detach().norm().item() for each in _convolutions(model)]
+
+
+def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [each for each in model.modules() if isinstance(each, nn.Conv2d)]
+
+
+def _drawn(images: Images, seed: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    draws = torch.Generator().manual_seed(seed)
+    return list(batches(images.train, images.train_labels, BATCH, steps, draws))
+
+
+def _steps(budget: Budget) -> int:
+    return budget.of(STEPS, 20)
+
+
+def _best(sweep: Results) -> float:
+    """The rate with the highest accuracy, as a mean over seeds."""
+    means = {rate: sweep.where(rate=rate).mean("accuracy") for rate in RATES}
+    return max(RATES, key=lambda rate: -1.0 if (found := means[rate]) is None else found.mean)
+
+
+def _reach(norm: Results, none: Results) -> list[float]:
+    """The highest rate at which a network learns over that of the other, in powers of ten, for each seed."""
+
+    def highest(sweep: Results) -> Mapping[int, float]:
+        found: dict[int, float] = {}
+        for rate in RATES:
+            found |= {seed: rate for seed, learns in sweep.where(rate=rate).by_seed("learns").items() if learns}
+        return found
+
+    here, there = highest(norm), highest(none)
+    return [math.log10(here[seed] / there[seed]) for seed in here if seed in there]
+
+
+def _outcomes(sweep: Results) -> LabTable:
+    def shown(found: Estimate | None, write: Callable[[Estimate], str]) -> str:
+        return "no number" if found is None else write(found)
+
+    rows = []
+    for rate in RATES:
+        arms = [sweep.where(rate=rate, normalization=name) for name in (NORM, NONE)]
+        rows.append(
+            (
+                f"{rate:g}",
+                *(shown(arm.mean("loss"), lambda found: estimate(found, False)) for arm in arms),
+                *(shown(arm.mean("explodes"), lambda found: percent(found.mean)) for arm in arms),
+                *(shown(arm.mean("growth of the weights"), lambda found: score(found.mean)) for arm in arms),
+            )
+        )
+    figures = ("loss", "exploded", "growth of weights")
+    return LabTable(
+        "What becomes of each rate",
+        ("rate", *(f"{figure}, {name}" for figure in figures for name in (NORM, NONE))),
+        tuple(rows),
+        (
+            "Loss: mean over the last tenth of the steps, of seeds in which it is a number. Exploded: share of seeds"
+            " with a loss of more than ten times that of guessing, or of no number, at some step. Growth: length of"
+            " the weights of a convolution at the end over that at the start.",
+        ),
+    )
+
+
+# --- Scales -----------------------------------------------------------------------------------------------------------
+
+
+def _scale(images: Images, seed: int, budget: Budget) -> Values:
+    """What weights, eps and biases do to the loss of one batch, in double precision, after some training."""
+    model = conv_net(images.train.shape[1:], images.classes, BatchNorm)
+    *before, last = _drawn(images, seed, budget.of(50, 10))
+    train(model, before, 0.05)
+    model.double()
+    batch = last[0].double(), last[1]
+    exact = _with_eps(model, 0.0)
+    loss, gradients = _loss_and_gradients(exact, batch)
+    usual, _ = _loss_and_gradients(model, batch)
+    of_loss, of_gradient, with_eps, other_eps, apart = [], [], [], [], []
+    for factor in FACTORS:
+        there, found = _loss_and_gradients(_multiplied(exact, factor), batch)
+        of_loss.append(abs(there - loss) / loss)
+        of_gradient += [
+            ((factor * here - expected).norm() / expected.norm()).item()
+            for here, expected in zip(found, gradients, strict=True)
+        ]
+        multiplied, _ = _loss_and_gradients(_multiplied(model, factor), batch)
+        divided, _ = _loss_and_gradients(_with_eps(model, EPS / factor**2), batch)
+        with_eps.append(abs(multiplied - usual) / usual)
+        other_eps.append(abs(divided - usual) / usual)
+        apart.append(abs(multiplied - divided) / divided)
+    return {
+        "change of the loss, eps = 0": max(of_loss),
+        "deviation of the gradient, eps = 0": max(of_gradient),
+        "cosine, eps = 0": _cosine(exact, gradients),
+        "cosine with eps": _cosine(model, _loss_and_gradients(model, batch)[1]),
+        "deviation of the growth": _growth(exact, images, seed),
+        "change of the loss with eps": with_eps,
+        "change by another eps": other_eps,
+        "deviation from another eps": max(apart),
+        "effect of the bias": _effect_of_bias(exact, batch),
+    }
+
+
+def _with_eps(model: nn.Module, eps: float) -> nn.Module:
+    """A copy whose batch norms have another eps."""
+    other = copy.deepcopy(model)
+    for layer in other.modules():
+        if isinstance(layer, BatchNorm):
+            layer.eps = eps
+    return other
+
+
+@torch.no_grad()
+def _multiplied(model: nn.Module, factor: float) -> nn.Module:
+    """A copy with the weights of every convolution multiplied."""
+    other = copy.deepcopy(model)
+    for layer in _convolutions(other):
+        layer.weight *= factor
+    return other
+
+
+def _loss_and_gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, list[Tensor]]:
+    """The loss of a batch in training, and its gradients by the weights of the convolutions."""
+    loss = F.cross_entropy(model.train()(batch[0]), batch[1])
+    return loss.item(), list(torch.autograd.grad(loss, [each.weight for each in _convolutions(model)]))
+
+
+def _cosine(model: nn.Module, gradients: Sequence[Tensor]) -> float:
+    """The largest between a filter, which makes one channel, and its gradient."""
+    pairs = zip(_convolutions(model), gradients, strict=True)
+    cosines = [F.cosine_similarity(layer.weight.detach().flatten(1), by.flatten(1)) for layer, by in pairs]
+    return float(torch.cat(cosines).abs().max())
+
+
+@torch.no_grad()
+def _growth(model: nn.Module, images: Images, seed: int) -> float:
+    """How far the squared length of weights is from the sum of squares, after twenty steps of plain SGD.
+
+    |W - rate g|^2 = |W|^2 + rate^2 |g|^2, as W and g are orthogonal.
+    """
+    model = copy.deepcopy(model)
+    expected = [length**2 for length in _lengths(model)]
+    for pixels, labels in _drawn(images, seed + 1, 20):
+        with torch.enable_grad():
+            _, gradients = _loss_and_gradients(model, (pixels.double(), labels))
+        for place, (layer, by) in enumerate(zip(_convolutions(model), gradients, strict=True)):
+            layer.weight -= 1.0 * by
+            expected[place] += by.square().sum().item()
+    return max(abs(length**2 / square - 1) for length, square in zip(_lengths(model), expected, strict=True))
+
+
+def _effect_of_bias(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    """Of the change of the loss by other biases, and their gradient over that of the batch norms' biases."""
+    loss, _ = _loss_and_gradients(model, batch)
+    moved = copy.deepcopy(model)
+    biases = [layer.bias for layer in _convolutions(moved) if layer.bias is not None]
+    with torch.no_grad():
+        for bias in biases:
+            bias += 10 * torch.randn_like(bias)
+    there = F.cross_entropy(moved.train()(batch[0]), batch[1])
+    shifts = [layer.bias for layer in moved.modules() if isinstance(layer, BatchNorm)]
+    by_bias, by_shift = (torch.cat(torch.autograd.grad(there, of, retain_graph=True)) for of in (biases, shifts))
+    return max(abs(there.item() - loss) / loss, float(by_bias.norm() / by_shift.norm()))
+
+
+def _worst(results: Results, name: str) -> float | None:
+    return max(results.values(name), default=None)
+
+
+def _notes(scale: Results) -> Iterable[str]:
+    yield (
+        "In training alone: at inference the running averages normalize, which do not follow weights and biases that"
+        " are changed by hand."
+    )
+    curve = scale.along("change of the loss with eps", FACTORS, "").y
+    cosine = _worst(scale, "cosine with eps")
+    small, large = curve[FACTORS.index(0.1)], curve[FACTORS.index(10.0)]
+    if small is not None and large is not None and cosine is not None:
+        yield (
+            f"With the usual eps of {EPS:g} the loss changes by {score(small)} of itself where weights are a tenth, and"
+            f" by {score(large)} where they are ten times as large; the largest cosine between a filter and its"
+            f" gradient is {score(cosine)}."
+        )
+
+
+# --- Smoothness -------------------------------------------------------------------------------------------------------
+
+
+def _along_gradients(images: Images, norm: Norm, seed: int, budget: Budget) -> Values:
+    """Follow the gradient from time to time while a network is trained."""
+    steps = _measured(budget)
+    drawn = _drawn(images, seed, steps[-1])
+    model = conv_net(images.train.shape[1:], images.classes, norm)
+    found: list[tuple[float, float, float]] = []
+
+    def after_step(step: int, _: float) -> None:
+        if step + 1 in steps:
+            found.append(_follow(model, drawn[step]))
+
+    train(model, drawn, RATE, after_step)
+    ranges, changes, smoothnesses = zip(*found, strict=True)
+    means = [math.fsum(each) / len(each) for each in (ranges, changes, smoothnesses)]
+    names = ("range of the loss", "change of the gradient", "effective smoothness")
+    return {**dict(zip(names, means, strict=True)), "ranges": ranges, "smoothnesses": smoothnesses}
+
+
+def _measured(budget: Budget) -> list[int]:
+    """The steps after which the gradient is followed."""
+    every = budget.of(12, 2)
+    return list(range(every, 20 * every + 1, every))
+
+
+def _follow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
+    """Range of the loss, largest change of the gradient, and largest change over the distance, along the gradient.
+
+    The losses are those of one batch, L(x - s g), where x are all parameters, g is their gradient and s goes as far as
+    `REACHES`; the last figure is the largest |g(x - s g) - g(x)| / |s g|.
+    """
+    model = copy.deepcopy(model)  # looking must not move the running averages
+    parameters = list(model.parameters())
+    start = [each.detach().clone() for each in parameters]
+    _, gradient = _at(model, batch)
+    losses, changes, smoothnesses = [], [], []
+    for reach in REACHES:
+        with torch.no_grad():
+            for parameter, begin, by in zip(parameters, start, gradient, strict=True):
+                parameter.copy_(begin - reach * RATE * by)
+        loss, there = _at(model, batch)
+        change = _length([here - by for here, by in zip(there, gradient, strict=True)])
+        losses.append(loss)
+        changes.append(change)
+        smoothnesses.append(change / (reach * RATE * _length(gradient)))
+    return max(losses) - min(losses), max(changes), max(smoothnesses)
+
+
+def _at(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, Sequence[Tensor]]:
+    """Loss and its gradient by all parameters."""
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def _length(parts: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(each.square().sum().item() for each in parts))

@@ -1,0 +1,104 @@
+"""``rates``: what theory fixes about the scale of weights and along a gradient, and how a sweep is read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bnprobe.lab import rates
+from bnprobe.lab.data import load
+from bnprobe.lab.experiment import Budget, Results
+from bnprobe.lab.networks import NORMS, conv_net
+from bnprobe.records import Trial
+
+TINY = Budget(0.02, 1)
+INVARIANT = (
+    "change of the loss, eps = 0",
+    "deviation of the gradient, eps = 0",
+    "cosine, eps = 0",
+    "deviation of the growth",
+    "deviation from another eps",
+    "effect of the bias",
+)
+
+
+def scale() -> dict[str, object]:
+    torch.manual_seed(0)
+    return dict(rates._scale(load(None), 0, TINY))
+
+
+def test_the_scale_of_weights_has_no_effect_but_through_eps() -> None:
+    found = scale()
+    assert {name for name in INVARIANT if not found[name] < rates.EXACT} == set()
+    changes = found["change of the loss with eps"]
+    assert changes == pytest.approx(found["change by another eps"], rel=1e-6)
+    small, large = changes[rates.FACTORS.index(0.1)], changes[rates.FACTORS.index(10.0)]
+    assert small > 10 * large > 1e-8
+    assert found["cosine with eps"] > 1e-8
+
+
+def test_without_batch_norm_the_scale_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layer(rates.BatchNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.affine(x)
+
+    monkeypatch.setattr(rates, "BatchNorm", Layer)
+    found = scale()
+    assert {name for name in INVARIANT if not found[name] < rates.EXACT} >= set(INVARIANT) - {
+        "deviation from another eps"
+    }
+
+
+def test_the_gradient_of_a_quadratic_changes_as_fast_as_its_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """L(x) = 3/2 x^2 at x = 2: L falls to 3/2 (2 - 6 s)^2 and the gradient by 18 s, where s is the step."""
+    monkeypatch.setattr(rates.F, "cross_entropy", lambda given, _: given)
+
+    class Quadratic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            return 1.5 * self.x**2
+
+    model = Quadratic()
+    nothing = torch.zeros(1)
+    span, change, smoothness = rates._follow(model, (nothing, nothing))
+    losses = [1.5 * (2 - 6 * reach * rates.RATE) ** 2 for reach in rates.REACHES]
+    assert span == pytest.approx(max(losses) - min(losses))
+    assert change == pytest.approx(18 * rates.REACHES[-1] * rates.RATE)
+    assert smoothness == pytest.approx(3)
+    assert model.x.item() == 2
+
+
+def test_following_the_gradient_leaves_the_network_alone() -> None:
+    model = conv_net((1, 8, 8), 10, NORMS["batch norm"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = load(None)
+    rates._follow(model, (images.train[:16], images.train_labels[:16]))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_rate_beyond_measure_explodes_and_a_small_one_does_not() -> None:
+    images = load(None)
+    explodes = {}
+    for rate in (0.01, 1e6):
+        torch.manual_seed(0)
+        explodes[rate] = rates._trained(images, NORMS["none"], rate, 0, TINY)["explodes"]
+    assert explodes == {0.01: 0.0, 1e6: 1.0}
+
+
+def test_the_reach_is_that_of_the_highest_rate_at_which_each_seed_learns() -> None:
+    def sweep(*highest: float) -> Results:
+        return Results(
+            Trial({"rate": rate}, seed, {"learns": float(rate <= most and rate != 0.03)}, 0.0)
+            for seed, most in enumerate(highest)
+            for rate in rates.RATES
+        )
+
+    assert rates._reach(sweep(3.0, 1.0), sweep(0.3, 0.1)) == pytest.approx([1.0, 1.0])
+    assert rates._reach(sweep(3.0, 1.0), sweep(0.3, 0.001)) == pytest.approx([math.log10(10)])
