@@ -32,6 +32,7 @@ IOFFE_2015 = "Ioffe & Szegedy 2015, Batch Normalization, arXiv 1502.03167"
 IOFFE_2017 = "Ioffe 2017, Batch Renormalization, arXiv 1702.03275"
 SANTURKAR = "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, arXiv 1805.11604"
 LI = "Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization, arXiv 1801.05134"
+SCHNEIDER = "Schneider et al. 2020, Improving robustness against common corruptions, arXiv 2006.16971"
 
 EXPERIMENTS: Registry[ExperimentRow] = Registry(
     "bnprobe.experiments",
@@ -56,6 +57,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             question="How far are statistics of B samples from the population's, and as far as formulas say?",
             sources=(IOFFE_2017,),
             code="bnprobe.lab.small_batch:SmallBatch",
+        ),
+        ExperimentRow(
+            name="momentum",
+            title="How far running statistics lag behind",
+            question="Which momentum survives a shift at validation, and how long does each take to recover?",
+            sources=(IOFFE_2015, SCHNEIDER),
+            code="bnprobe.lab.momentum:Momentum",
         ),
         ExperimentRow(
             name="style",

@@ -1,0 +1,469 @@
+"""``momentum``: how far the running statistics lag behind, where the data shifts and where the network learns fast.
+
+In training, running statistics move toward each batch by the momentum m (torch's convention: the weight of the newest
+batch), so that a change is followed as 1 - (1 - m)^t after t batches: with the time constant -1 / ln(1 - m).
+
+Networks are trained with each momentum, on classes of which half are drawn nine times as often as the others. Then the
+held-out images shift in one of three ways. First the network is scored in eval mode as it was trained; then batches of
+shifted images pass in train mode, by which nothing but running statistics changes, and the network is scored in eval
+mode again, as with test-time adaptation (Schneider et al. 2020). A second training has a high rate, at which weights
+change within the time constant of a small momentum.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from statistics import linear_regression
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.data import Images, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    below,
+    formula,
+    mean_of,
+    near,
+    series,
+    within,
+)
+from bnprobe.lab.layers import EPS, BatchNorm
+from bnprobe.lab.networks import conv_net, train
+from bnprobe.numbers import count, percent
+from bnprobe.records import Estimate, LabChart, LabTable
+from bnprobe.report.figures import estimate
+
+MOMENTA = (0.9, 0.5, 0.1, 0.03, 0.01, 0.003)
+USUAL, FAST, SLOW = 0.1, 0.5, 0.01
+LOW, HIGH = 0.05, 1.0
+"""Learning rates of the two trainings."""
+
+BATCH = 64
+STEPS = 200
+OFTEN = 9
+"""How many times as often as the others the first half of classes is drawn."""
+
+NONE, CLASSES, BRIGHTNESS, DOMAIN = "no shift", "swapped classes", "brightness", "another domain"
+SHIFTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    NONE: lambda images: images,
+    CLASSES: lambda images: images,
+    BRIGHTNESS: lambda images: images + 1.0,
+    DOMAIN: lambda images: 0.5 * F.avg_pool2d(images, 3, stride=1, padding=1) + 0.3 * torch.randn_like(images),
+}
+"""What is done to standardized images: 1 is a standard deviation; another domain is blurred, of half the contrast, and
+noisy. Swapped classes have other frequencies alone."""
+
+BACK, LAST = 0.02, 5
+"""An accuracy is back where it is so close to the mean of so many scores at the end."""
+
+CONSTANTS = 5
+"""Time constants for which shifted batches pass."""
+
+EARLY = 10
+"""Batches after which momenta are compared."""
+
+MANY = 2048
+"""Images in the one batch that stands for the population."""
+
+
+Figure = float | Sequence[float | None] | None
+
+
+class Momentum(Experiment):
+    """Two trainings with each momentum; after the slower one, each shift."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """Each momentum with both rates."""
+        for rate in (LOW, HIGH):
+            for momentum in MOMENTA:
+                yield {"rate": rate, "momentum": momentum}
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Train, then shift."""
+        images, rate, momentum = load(budget.data), float(condition["rate"]), float(condition["momentum"])
+        model = conv_net(images.train.shape[1:], images.classes, functools.partial(BatchNorm, momentum=momentum))
+        found = _trained(model, images, rate, seed, budget)
+        if rate == LOW:
+            for shift in SHIFTS:
+                found |= _shifted(model, images, shift, seed, budget)
+        return found
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """The formula, then who survives what, then the lag in training."""
+        slowly, quickly = results.where(rate=LOW), results.where(rate=HIGH)
+        usual, fast, slow = (slowly.where(momentum=momentum) for momentum in (USUAL, FAST, SLOW))
+        constants = [round(time_constant(momentum), 2) for momentum in MOMENTA]
+        return Findings(
+            claims=(
+                within(
+                    "The momentum does not change what is learned: in training, batch statistics alone normalize.",
+                    _difference_of_losses(results),
+                    0.0,
+                    "Largest difference of the last losses from those with momentum 0.1, of all seeds",
+                ),
+                near(
+                    "Running statistics follow a shift with the time constant -1/ln(1-m).",
+                    mean_of(_constants_over_formula(slowly)),
+                    1.0,
+                    0.05,
+                    "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
+                ),
+                near(
+                    "The batches until the accuracy is back grow in proportion to the time constant.",
+                    mean_of(_slopes(slowly)),
+                    1.0,
+                    0.1,
+                    "Slope of their logarithm against that of the time constant, momenta from"
+                    f" {SLOW} to {FAST}, mean of brightness and domain",
+                ),
+                below(
+                    "A brightness that only validation has costs accuracy.",
+                    mean_of(_change(usual, _as_trained(NONE), _as_trained(BRIGHTNESS))),
+                    what=f"Accuracy less that without a shift, momentum {USUAL}",
+                ),
+                above(
+                    f"As it was trained, a network with momentum {FAST} survives the brightness better than one with"
+                    f" {SLOW}.",
+                    fast.less(_as_trained(BRIGHTNESS), slow),
+                ),
+                *(
+                    above(
+                        f"After {EARLY} batches of it in train mode, momentum {FAST} has got over {what}, and {SLOW}"
+                        " has not.",
+                        fast.less(_early(shift), slow),
+                        what=f"Accuracy with {FAST} less that with {SLOW}",
+                    )
+                    for shift, what in ((BRIGHTNESS, "the brightness"), (DOMAIN, "the other domain"))
+                ),
+                below(
+                    "Where only the frequencies of classes change, to follow them costs accuracy.",
+                    mean_of(_change(fast, _as_trained(CLASSES), _at_last(CLASSES))),
+                    what=f"Accuracy after the shifted batches less that as trained, momentum {FAST}",
+                ),
+                above(
+                    f"So a small momentum survives swapped classes: after {EARLY} batches {SLOW} is better than"
+                    f" {FAST}.",
+                    slow.less(_early(CLASSES), fast),
+                ),
+                above(
+                    "While a network learns at a high rate, a small momentum lags behind its weights.",
+                    quickly.where(momentum=SLOW).less("distance", quickly.where(momentum=USUAL)),
+                    what=f"Distance of the running mean with {SLOW} less that with {USUAL}, at the rate {HIGH:g}",
+                ),
+                above(
+                    "The lag grows with the learning rate.",
+                    quickly.where(momentum=SLOW).less("distance", slow),
+                    what=f"Distance of the running mean at the rate {HIGH:g} less that at {LOW:g}, momentum {SLOW}",
+                ),
+                above(
+                    "At a high learning rate that lag costs accuracy.",
+                    quickly.where(momentum=SLOW).less("lost accuracy", quickly.where(momentum=USUAL)),
+                    what=f"Accuracy lost to running statistics with momentum {SLOW} less that with {USUAL}",
+                ),
+            ),
+            charts=(
+                LabChart(
+                    "recovery",
+                    "Accuracy in eval mode while brighter batches pass in train mode",
+                    "batches of the shifted images",
+                    "share of right answers",
+                    "log",
+                    "linear",
+                    tuple(
+                        slowly.where(momentum=momentum).along(
+                            f"accuracies, {BRIGHTNESS}", _grid(momentum, budget), f"momentum {momentum:g}"
+                        )
+                        for momentum in MOMENTA
+                    ),
+                    (f"Each momentum is followed for {CONSTANTS} time constants.",),
+                ),
+                LabChart(
+                    "time",
+                    f"Batches until the accuracy is within {BACK:g} of where it ends",
+                    "time constant -1/ln(1-m), batches",
+                    "batches",
+                    "log",
+                    "log",
+                    (
+                        *(
+                            series(
+                                shift,
+                                constants,
+                                [slowly.where(momentum=each).mean(f"batches, {shift}") for each in MOMENTA],
+                            )
+                            for shift in (BRIGHTNESS, DOMAIN)
+                        ),
+                        series(
+                            "measured time constant",
+                            constants,
+                            [slowly.where(momentum=each).mean("time constant") for each in MOMENTA],
+                        ),
+                        formula("the formula's time constant", constants, lambda constant: constant),
+                    ),
+                ),
+                LabChart(
+                    "shifts",
+                    "Accuracy in eval mode as trained",
+                    "shift at validation",
+                    "share of right answers",
+                    "linear",
+                    "linear",
+                    tuple(
+                        series(
+                            f"momentum {momentum:g}",
+                            list(SHIFTS),
+                            [slowly.where(momentum=momentum).mean(_as_trained(shift)) for shift in SHIFTS],
+                        )
+                        for momentum in MOMENTA
+                    ),
+                ),
+                LabChart(
+                    "lag",
+                    "How far running means are from those of the population, in training",
+                    "momentum",
+                    "root mean square, standard deviations",
+                    "log",
+                    "log",
+                    tuple(
+                        results.series("distance", "momentum", f"learning rate {rate:g}", rate=rate)
+                        for rate in (HIGH, LOW)
+                    ),
+                    ("Small momenta lag; large ones have the noise of few batches.",),
+                ),
+            ),
+            tables=(_scores(slowly),),
+            notes=(
+                f"Swapped classes: the first half of the classes is drawn {OFTEN} times as often as the others in"
+                " training, and the others as often at validation; images and labels are as they are. Accuracies"
+                " weigh classes by these frequencies.",
+                *_left(budget),
+            ),
+        )
+
+
+def time_constant(momentum: float) -> float:
+    """The batches in which 1/e of an old value is left: (1 - m)^t = 1/e."""
+    return -1 / math.log1p(-momentum)
+
+
+# --- Trials -----------------------------------------------------------------------------------------------------------
+
+
+def _trained(model: nn.Sequential, images: Images, rate: float, seed: int, budget: Budget) -> dict[str, Figure]:
+    """Train; how far running statistics are from the population's, five times in the second half."""
+    steps, many = budget.of(STEPS, 20), budget.of(MANY, 512)
+    looks = {round(steps * share) for share in (0.6, 0.7, 0.8, 0.9, 1.0)}
+    often = frequencies(images.train_labels, images.classes)
+    at_test = frequencies(images.test_labels, images.classes)
+    distances: list[float] = []
+    lost: list[float] = []
+    losses: list[float] = []
+
+    def after_step(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step + 1 in looks:
+            exact = _with_population(model, next(drawn(images, often, many, 1, seed + step))[0])
+            distances.append(_distance(model, exact))
+            here, there = (score(each, images.test, images.test_labels, at_test) for each in (model, exact))
+            lost.append(there - here)
+            model.train()
+
+    train(model, drawn(images, often, BATCH, steps, seed), rate, after_step)
+    return {"loss": losses[-1], "distance": _mean(distances), "lost accuracy": _mean(lost)}
+
+
+def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Budget) -> dict[str, Figure]:
+    """Accuracies in eval mode while shifted batches pass in train mode, and how the running mean follows them."""
+    change, swapped = SHIFTS[shift], shift == CLASSES
+    often = frequencies(images.train_labels, images.classes, swapped)
+    at_test = frequencies(images.test_labels, images.classes, swapped)
+    held_out = change(images.test)
+    model = copy.deepcopy(model)
+    first, many = _norms(model)[0], budget.of(MANY, 512)
+    grid = _grid(first.momentum, budget)
+    aim = _norms(_with_population(model, change(next(drawn(images, often, many, 1, seed))[0])))[0].running_mean
+    begin = first.running_mean - aim
+    accuracies = {0: score(model, held_out, images.test_labels, at_test)}
+    left = [1.0]
+    for batch, (given, _) in enumerate(drawn(images, often, BATCH, grid[-1], seed), start=1):
+        with torch.no_grad():
+            model.train()(change(given))
+        left.append(float((first.running_mean - aim) @ begin / begin.square().sum()))
+        if batch in grid:
+            accuracies[batch] = score(model, held_out, images.test_labels, at_test)
+    found: dict[str, Figure] = {
+        _as_trained(shift): accuracies[0],
+        _early(shift): accuracies[EARLY],
+        _at_last(shift): _mean(list(accuracies.values())[-LAST:]),
+        f"batches, {shift}": _back(accuracies) if grid[-1] >= CONSTANTS * time_constant(first.momentum) else None,
+        f"accuracies, {shift}": [accuracies[batch] for batch in grid],
+    }
+    return found | ({"time constant": crossing(left)} if shift == BRIGHTNESS else {})
+
+
+def _grid(momentum: float, budget: Budget) -> list[int]:
+    """The batches after which the network is scored, each about a quarter more than the one before."""
+    last = max(2 * EARLY, min(math.ceil(CONSTANTS * time_constant(momentum)), budget.of(2000)))
+    powers = range(math.ceil(math.log(last, 1.25)))
+    return sorted({*(round(1.25**power) for power in powers), EARLY, last})
+
+
+def _norms(model: nn.Module) -> list[BatchNorm]:
+    return [layer for layer in model.modules() if isinstance(layer, BatchNorm)]
+
+
+@torch.no_grad()
+def _with_population(model: nn.Module, pixels: Tensor) -> nn.Module:
+    """A copy whose running statistics are those of one large batch."""
+    other = copy.deepcopy(model)
+    for layer in _norms(other):
+        layer.momentum = 1.0
+    other.train()(pixels)
+    return other
+
+
+def _distance(model: nn.Module, exact: nn.Module) -> float:
+    """Of running means from those of the population: root mean square over channels, mean over layers."""
+    pairs = zip(_norms(model), _norms(exact), strict=True)
+    away = [(here.running_mean - there.running_mean) / (there.running_var + EPS).sqrt() for here, there in pairs]
+    return _mean([each.square().mean().sqrt().item() for each in away])
+
+
+def frequencies(labels: Tensor, classes: int, swapped: bool = False) -> Tensor:
+    """How often each image is drawn, by its class: the first half of classes often, or, if swapped, the others."""
+    return torch.where((labels < classes / 2) != swapped, float(OFTEN), 1.0)
+
+
+def drawn(images: Images, often: Tensor, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images for training, drawn with replacement by their frequencies."""
+    draws = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.multinomial(often, size, replacement=True, generator=draws)
+        yield images.train[chosen], images.train_labels[chosen]
+
+
+@torch.no_grad()
+def score(model: nn.Module, pixels: Tensor, labels: Tensor, often: Tensor) -> float:
+    """Accuracy in eval mode, images weighed by their frequencies."""
+    right = torch.cat([model.eval()(part).argmax(1) for part in pixels.split(512)]) == labels
+    return float((right * often).sum() / often.sum())
+
+
+def crossing(left: Sequence[float]) -> float | None:
+    """When 1/e was left for the first time, between batches as an exponential decays; None: never."""
+    for batch, (before, after) in enumerate(pairwise(left)):
+        if after * math.e <= 1:
+            return batch + (1 + math.log(before)) / (math.log(before) - math.log(max(after, 1e-3)))
+    return None
+
+
+def _back(accuracies: Mapping[int, float]) -> int:
+    """The first batch after which the accuracy has come near the one at the end, the mean of the last scores."""
+    end = _mean(list(accuracies.values())[-LAST:])
+    toward = 1 if accuracies[0] < end else -1
+    return next(batch for batch, accuracy in accuracies.items() if toward * (accuracy - end) >= -BACK)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def _as_trained(shift: str) -> str:
+    return f"{shift}: accuracy as trained"
+
+
+def _early(shift: str) -> str:
+    return f"{shift}: accuracy after {EARLY} batches"
+
+
+def _at_last(shift: str) -> str:
+    return f"{shift}: accuracy at the end"
+
+
+def _change(results: Results, before: str, after: str) -> list[float]:
+    """From one figure of a trial to another, for each seed."""
+    here, there = results.by_seed(before), results.by_seed(after)
+    return [there[seed] - here[seed] for seed in here if seed in there]
+
+
+def _difference_of_losses(results: Results) -> float | None:
+    found = [
+        abs(loss - usual[seed])
+        for rate in (LOW, HIGH)
+        if (usual := results.where(rate=rate, momentum=USUAL).by_seed("loss"))
+        for momentum in MOMENTA
+        for seed, loss in results.where(rate=rate, momentum=momentum).by_seed("loss").items()
+        if seed in usual
+    ]
+    return max(found, default=None)
+
+
+def _constants_over_formula(results: Results) -> list[float]:
+    """The mean over the momenta whose time constant was reached, for each seed."""
+    ratios: dict[int, list[float]] = {}
+    for momentum in MOMENTA:
+        for seed, found in results.where(momentum=momentum).by_seed("time constant").items():
+            ratios.setdefault(seed, []).append(found / time_constant(momentum))
+    return [_mean(each) for each in ratios.values()]
+
+
+def _slopes(results: Results) -> list[float]:
+    """Of the logarithm of batches against that of the time constant, the mean of two shifts, for each seed."""
+    slopes: dict[int, list[float]] = {}
+    momenta = [each for each in MOMENTA if SLOW <= each <= FAST]
+    for shift in (BRIGHTNESS, DOMAIN):
+        found = {momentum: results.where(momentum=momentum).by_seed(f"batches, {shift}") for momentum in momenta}
+        for seed in found[FAST]:
+            points = [(time_constant(each), of.get(seed, 0.0)) for each, of in found.items()]
+            if all(batches > 0 for _, batches in points):
+                x, y = zip(*((math.log(constant), math.log(batches)) for constant, batches in points), strict=True)
+                slopes.setdefault(seed, []).append(linear_regression(x, y).slope)
+    return [_mean(each) for each in slopes.values()]
+
+
+def _scores(results: Results) -> LabTable:
+    def shown(found: Estimate | None) -> str:
+        return "" if found is None else estimate(found, False)
+
+    rows = (
+        (
+            f"{shift}, {when}",
+            *(shown(results.where(momentum=momentum).mean(name(shift))) for momentum in MOMENTA),
+        )
+        for shift in SHIFTS
+        for when, name in (("as trained", _as_trained), (f"{EARLY} batches", _early), ("at the end", _at_last))
+    )
+    return LabTable(
+        "Accuracy in eval mode, before and while shifted batches pass in train mode",
+        ("shift", *(f"m = {momentum:g}" for momentum in MOMENTA)),
+        tuple(rows),
+        (
+            f"The end is the mean of the last {LAST} scores, up to {CONSTANTS} time constants, {2 * EARLY} batches at"
+            " least.",
+        ),
+    )
+
+
+def _left(budget: Budget) -> Iterator[str]:
+    steps = budget.of(STEPS, 20)
+    for momentum in MOMENTA:
+        if (left := (1 - momentum) ** steps) > 0.01:
+            yield (
+                f"After the {count(steps, 'step')} of training {percent(left)} of the running statistics with momentum"
+                f" {momentum:g} are still the initial ones, mean 0 and variance 1."
+            )
