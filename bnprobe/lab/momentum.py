@@ -240,7 +240,7 @@ class Momentum(Experiment):
                         results.series("distance", "momentum", f"learning rate {rate:g}", rate=rate)
                         for rate in (HIGH, LOW)
                     ),
-                    ("Small momenta lag; large ones have the noise of few batches.",),
+                    ("Small momenta lag, and keep some of the initial values; large ones have the noise of a batch.",),
                 ),
             ),
             tables=(_scores(slowly),),

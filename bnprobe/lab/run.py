@@ -207,12 +207,13 @@ class _Kept:
             head = json.loads(first)
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"{path} holds no trials of an experiment ({error}); give --fresh or another -o."
+                f"{path} holds no trials of an experiment ({error}); give --fresh or another --output-dir."
             ) from None
         if head != self._head:
             differs = [key for key in self._head if not isinstance(head, dict) or head.get(key) != self._head[key]]
             raise UsageError(
-                f"{path} is of a run with another {', '.join(differs)}; give --fresh to begin anew, or another -o."
+                f"{path} is of a run with another {', '.join(differs)}; give --fresh to begin anew, or another"
+                " --output-dir."
             )
         for line in lines:
             try:
@@ -228,7 +229,7 @@ class _Kept:
             OutputError: It cannot be written.
         """
         if self._path is not None:
-            make_folder(self._path.parent, "-o")
+            make_folder(self._path.parent, "--output-dir")
             lines = [self._head, *map(asdict, self.trials.values())]
             write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))
 

@@ -102,7 +102,7 @@ def test_fresh_begins_anew(tmp_path: Path) -> None:
 
 def test_trials_of_another_budget_are_refused(tmp_path: Path) -> None:
     rolled(tmp_path)
-    with pytest.raises(UsageError, match="another budget; give --fresh"):
+    with pytest.raises(UsageError, match="another budget; give --fresh to begin anew, or another --output-dir"):
         rolled(tmp_path, budget=2.0)
 
 
