@@ -18,6 +18,7 @@ from bnprobe.errors import UsageError
 from bnprobe.lab.experiment import Budget, Experiment, Findings, Results, above, below, formula, mean_of, near, within
 from bnprobe.lab.run import TRIALS
 from bnprobe.records import Estimate, LabChart, LabReport, Trial
+from bnprobe.registry import load_code
 from bnprobe.report import render
 from bnprobe.report.html import picture_of_lab
 
@@ -204,6 +205,17 @@ def test_an_interval_is_students_and_differences_are_paired_by_seed() -> None:
     assert spread.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     with pytest.raises(ValueError, match="name the whole condition"):
         results.mean("x")
+
+
+@pytest.mark.parametrize("name", lab.EXPERIMENTS.names())
+def test_of_no_figures_nothing_is_concluded(name: str) -> None:
+    """As where every training diverged."""
+    budget = Budget(0.02, 1)
+    experiment = load_code(lab.EXPERIMENTS[name].code, name, UsageError)
+    trials = [Trial(dict(condition), 0, {}, 0.0) for condition in experiment.conditions(budget)]
+    found = experiment.conclude(Results(trials), budget)
+    assert {claim.verdict for claim in found.claims} == {"open"}
+    assert found.charts
 
 
 def test_a_series_leaves_out_what_diverged() -> None:
