@@ -30,6 +30,7 @@ class ExperimentRow:
 
 IOFFE_2015 = "Ioffe & Szegedy 2015, Batch Normalization, arXiv 1502.03167"
 IOFFE_2017 = "Ioffe 2017, Batch Renormalization, arXiv 1702.03275"
+WU_HE = "Wu & He 2018, Group Normalization, arXiv 1803.08494"
 SANTURKAR = "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, arXiv 1805.11604"
 LI = "Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization, arXiv 1801.05134"
 SCHNEIDER = "Schneider et al. 2020, Improving robustness against common corruptions, arXiv 2006.16971"
@@ -57,6 +58,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             question="How far are statistics of B samples from the population's, and as far as formulas say?",
             sources=(IOFFE_2017,),
             code="bnprobe.lab.small_batch:SmallBatch",
+        ),
+        ExperimentRow(
+            name="renorm",
+            title="Batch Renorm on small batches and on ones sorted by class",
+            question="Does Batch Renorm keep its accuracy where the images of a batch are few or alike?",
+            sources=(IOFFE_2017, WU_HE),
+            code="bnprobe.lab.renorm:Renorm",
         ),
         ExperimentRow(
             name="momentum",

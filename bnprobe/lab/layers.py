@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnprobe.nn.limits import RenormSchedule
+from bnprobe.numbers import percent
+
 EPS = 1e-5
 
 
@@ -136,6 +139,28 @@ class BatchRenorm(BatchNorm):
         r, d = corrections(mean.detach(), variance.detach(), self.running_mean, self.running_var)
         r, d = r.clamp(1 / self.r_max, self.r_max), d.clamp(-self.d_max, self.d_max)
         return standardize(x, mean, variance) * per_channel(r, x) + per_channel(d, x)
+
+
+_WARM_UP, _D_OPEN, _R_OPEN = 0.25, 0.5, 0.75
+
+SCHEDULE = (
+    f"The limits of Batch Renorm open over training: closed for {percent(_WARM_UP)} of the steps, then d_max rises to 5"
+    f" at {percent(_D_OPEN)} of them and r_max to 3 at {percent(_R_OPEN)}. In the paper they open earlier, after 4% of"
+    " 130,000 steps; here that would be too few for the moving averages to forget where they started."
+)
+"""What reports say of `opening`."""
+
+
+def opening(steps: int) -> RenormSchedule:
+    """Limits for so many steps of training: first those of batch norm, then wider (Ioffe 2017, sections 3 and 4)."""
+    return RenormSchedule(steps, warmup=_WARM_UP, r_ramp=_R_OPEN, d_ramp=_D_OPEN)
+
+
+def set_limits(model: nn.Module, r_max: float, d_max: float) -> None:
+    """Set the limits of all Batch Renorm layers, e.g. at each step of a schedule."""
+    for layer in model.modules():
+        if isinstance(layer, BatchRenorm):
+            layer.r_max, layer.d_max = r_max, d_max
 
 
 class GroupNorm(Affine):
