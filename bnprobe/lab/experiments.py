@@ -74,6 +74,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             code="bnprobe.lab.momentum:Momentum",
         ),
         ExperimentRow(
+            name="single",
+            title="Batches of one image",
+            question="Which normalization learns from single images, with at most 15% less accuracy than from 32?",
+            sources=(),
+            code="bnprobe.lab.single:Single",
+        ),
+        ExperimentRow(
             name="style",
             title="Between batch norm and instance norm",
             question="Which blend of an image's own statistics and those of all images holds where styles differ?",
