@@ -81,6 +81,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             code="bnprobe.lab.single:Single",
         ),
         ExperimentRow(
+            name="one-class",
+            title="Batches of a single class",
+            question="What do normalized activations still tell of the class when a batch holds only one?",
+            sources=(),
+            code="bnprobe.lab.one_class:OneClass",
+        ),
+        ExperimentRow(
             name="style",
             title="Between batch norm and instance norm",
             question="Which blend of an image's own statistics and those of all images holds where styles differ?",

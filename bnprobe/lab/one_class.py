@@ -1,0 +1,369 @@
+"""``one-class``: what normalized activations still tell of the class when every batch holds a single one.
+
+A network learns from source images; the target is other images, with less contrast, brighter, or blurred. At test time
+they come in batches of one class, as a camera that looks at one thing for a while. Statistics of such a batch are those
+of its class, so normalizing with them removes whatever is the same in all its images. Each channel then has the same
+mean in every class: a linear probe on the means of channels can tell nothing. What positions tell is not removed.
+
+What activations tell is measured by probes that learn on one part of the target and predict another: the mutual
+information of prediction and class is a lower bound on that of activations and class (data processing inequality). The
+estimate from counts is too large, by (K_both - K_class - K_prediction + 1) / 2N nats to first order, with K the values
+and pairs of values that occur and N the images; this is subtracted (Miller 1955).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.data import batches, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    below,
+    mean_of,
+    series,
+    within,
+)
+from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
+from bnprobe.lab.networks import Norm, conv_net, take_population, train
+from bnprobe.records import Claim, LabChart
+
+STEPS, BATCH, RATE = 150, 64, 0.05
+"""Of the training on the source."""
+
+ONE_CLASS, MIXED = "one class", "mixed"
+TEST_BATCH = 32
+"""Images of a target batch."""
+
+TARGETS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "less contrast": lambda images: 0.4 * images,
+    "brighter": lambda images: images + 1.5,
+    "blurred": lambda images: F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False),
+}
+"""Make target images from standardized ones."""
+
+BATCH_STATISTICS = "batch norm, train mode"
+SOURCE = "batch norm, source statistics"
+RECALIBRATED = "batch norm, recalibrated"
+RENORM = "Batch Renorm, train mode"
+LAYER_NORM = "layer norm"
+
+STATES: Mapping[str, Norm] = {
+    BATCH_STATISTICS: BatchNorm,
+    SOURCE: BatchNorm,
+    RECALIBRATED: BatchNorm,
+    RENORM: lambda channels: BatchRenorm(channels, r_max=1.0, d_max=0.0),
+    LAYER_NORM: layer_norm,
+}
+"""Layers, and with which statistics they normalize the target."""
+
+IN_TRAIN_MODE = (BATCH_STATISTICS, RENORM)
+"""To the others it is all the same which images are in a batch."""
+
+MEANS, POSITIONS = "channel means", "all positions"
+NEIGHBOURS = 5
+RIDGE = 0.01
+
+
+class OneClass(Experiment):
+    """Each layer on each target, in batches of one class and in mixed ones."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """What is compared; what sees no batch, once."""
+        return [
+            {"layer": state, "batches": kind}
+            for state in STATES
+            for kind in (ONE_CLASS, MIXED)
+            if kind == ONE_CLASS or state in IN_TRAIN_MODE
+        ]
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Train on half of the images, then look at the activations of the rest as they are changed."""
+        images = load(budget.data)
+        state, sort = str(condition["layer"]), condition["batches"] == ONE_CLASS
+        half = len(images.train) // 2
+        draws = torch.Generator().manual_seed(seed)
+        model = conv_net(images.train.shape[1:], images.classes, STATES[state])
+        steps = budget.of(STEPS, 3)
+        schedule = opening(steps)
+        train(
+            model,
+            batches(images.train[:half], images.train_labels[:half], BATCH, steps, draws),
+            RATE,
+            lambda step, loss: set_limits(model, *schedule.at(step + 1)),
+        )
+        for layer in model:
+            if isinstance(layer, BatchNorm):
+                layer.momentum = 0.0  # what is measured does not depend on what was measured before
+        found = []
+        for change in TARGETS.values():
+            learned, held = change(images.train[half:]), change(images.test)
+            if state == RECALIBRATED:
+                take_population(model, learned)
+            model.train(state in IN_TRAIN_MODE)
+            parts = [
+                _look(model, pixels, labels, sort)
+                for pixels, labels in ((learned, images.train_labels[half:]), (held, images.test_labels))
+            ]
+            found.append(_told(parts[0], parts[1], images.classes))
+        entropy = bits(images.test_labels, images.test_labels)
+        means = {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
+        by_target = {f"accuracy, {name}": each["accuracy"] for name, each in zip(TARGETS, found, strict=True)}
+        return {**means, **by_target, "entropy": entropy}
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """What each layer leaves, and what the network makes of it."""
+        one = {state: results.where(layer=state, batches=ONE_CLASS) for state in STATES}
+        mixed = {
+            state: results.where(layer=state, batches=MIXED) if state in IN_TRAIN_MODE else one[state]
+            for state in STATES
+        }
+        batch = one[BATCH_STATISTICS]
+        means, positions = _name(3, MEANS, "linear"), _name(3, POSITIONS, "linear")
+        erased = batch.values("between classes")
+
+        def more(text: str, name: str, here: Results, there: Results) -> Claim:
+            what = "Difference of accuracy" if name == "accuracy" else "Difference in bits"
+            return above(text, here.less(name, there), 0.0, what)
+
+        return Findings(
+            claims=(
+                within(
+                    "In batches of one class, batch norm in train mode erases the class from the means of channels"
+                    " exactly.",
+                    max(erased) if erased else None,
+                    1e-6,
+                    "Share of the variance of channel means that is between classes, at most in any layer",
+                ),
+                more(
+                    "Statistics of the source keep more of the class than those of the batch (channel means).",
+                    means,
+                    one[SOURCE],
+                    batch,
+                ),
+                more(
+                    "Statistics of the source keep more of the class than those of the batch (all positions).",
+                    positions,
+                    one[SOURCE],
+                    batch,
+                ),
+                above(
+                    "Positions still tell most of the class to a linear probe, under batch norm in train mode.",
+                    mean_of(_ratios(batch, positions, "entropy")),
+                    0.5,
+                    "Bits over those of the class",
+                ),
+                more(
+                    "Batch Renorm, in train mode as well, keeps more of the class than batch norm (channel means).",
+                    means,
+                    one[RENORM],
+                    batch,
+                ),
+                more(
+                    "Layer norm, which sees no batch, keeps more of the class than batch norm (channel means).",
+                    means,
+                    one[LAYER_NORM],
+                    batch,
+                ),
+                below(
+                    "The network itself is less accurate on batches of one class than on mixed ones, in train mode.",
+                    batch.less("accuracy", mixed[BATCH_STATISTICS]),
+                    0.0,
+                    "Difference of accuracy",
+                ),
+                more(
+                    "Recalibrated on the target, it is more accurate than with statistics of the source.",
+                    "accuracy",
+                    one[RECALIBRATED],
+                    one[SOURCE],
+                ),
+            ),
+            charts=(
+                LabChart(
+                    "told",
+                    "What the last normalization tells of the class, in batches of one class",
+                    "layer",
+                    "bits",
+                    "linear",
+                    "linear",
+                    tuple(
+                        series(
+                            f"{what}, {probe}", list(STATES), [one[each].mean(_name(3, what, probe)) for each in STATES]
+                        )
+                        for what in (MEANS, POSITIONS)
+                        for probe in PROBES
+                    ),
+                    _READ,
+                ),
+                LabChart(
+                    "mixed",
+                    "What it tells to a linear probe on channel means, by batches",
+                    "layer",
+                    "bits",
+                    "linear",
+                    "linear",
+                    tuple(
+                        series(f"batches: {name}", list(STATES), [found[each].mean(means) for each in STATES])
+                        for name, found in ((ONE_CLASS, one), (MIXED, mixed))
+                    ),
+                ),
+                LabChart(
+                    "depth",
+                    "What each normalization tells to a linear probe on all positions, in batches of one class",
+                    "normalization, from the input",
+                    "bits",
+                    "linear",
+                    "linear",
+                    tuple(
+                        series(
+                            state,
+                            ["first", "second", "third"],
+                            [found.mean(_name(depth, POSITIONS, "linear")) for depth in (1, 2, 3)],
+                        )
+                        for state, found in one.items()
+                    ),
+                ),
+                LabChart(
+                    "accuracy",
+                    "Accuracy of the network itself, in batches of one class",
+                    "layer",
+                    "share of right answers",
+                    "linear",
+                    "linear",
+                    tuple(
+                        series(target, list(STATES), [found.mean(f"accuracy, {target}") for found in one.values()])
+                        for target in TARGETS
+                    ),
+                ),
+            ),
+            notes=(
+                "The network learned from half of the training images. Probes learned from the other half, changed as"
+                " the target is, and predict the images that were held out, changed alike. Figures without a target are"
+                " means over all of them.",
+                f"The linear probe is ridge regression on the classes, the other the vote of {NEIGHBOURS} nearest"
+                " neighbours. Bits are the mutual information of prediction and class, less the first-order bias of"
+                " counts: a lower bound on what activations tell.",
+                "Recalibrated statistics are those of all target images that probes learn from, taken together.",
+                SCHEDULE,
+            ),
+        )
+
+
+_READ = (
+    "A class has log2 of the number of classes in bits, where all are as frequent. Layers in eval mode and layer norm"
+    " see no batch: they tell the same in any.",
+)
+
+
+def _look(model: nn.Sequential, pixels: Tensor, labels: Tensor, sort: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The output of each normalization, the network's answers, and the classes, batch after batch."""
+    order = torch.arange(len(labels))
+    groups = [order[labels == label] for label in labels.unique()] if sort else [order]
+    outputs: dict[int, list[Tensor]] = {}
+    answers = []
+    with torch.no_grad():
+        for chosen in (part for group in groups for part in group.split(TEST_BATCH)):
+            x = pixels[chosen]
+            for place, layer in enumerate(model):
+                x = layer(x)
+                if isinstance(layer, Affine):  # of which all normalizations are
+                    outputs.setdefault(place, []).append(x)
+            answers.append(x.argmax(1))
+    return [torch.cat(each) for each in outputs.values()], torch.cat(answers), labels[torch.cat(groups)]
+
+
+def _told(
+    learned: tuple[list[Tensor], Tensor, Tensor], held: tuple[list[Tensor], Tensor, Tensor], classes: int
+) -> dict[str, float]:
+    """Bits that probes read from each layer, and the accuracy of the network itself."""
+    (activations, _, labels), (others, answers, expected) = learned, held
+    found = {"accuracy": float((answers == expected).double().mean())}
+    shares = []
+    for depth, (here, there) in enumerate(zip(activations, others, strict=True), start=1):
+        shares.append(between_classes(here.mean((2, 3)), labels))
+        for what, read in _READINGS.items():
+            x, y = _standardized(read(here), read(there))
+            for probe, predict in PROBES.items():
+                found[_name(depth, what, probe)] = bits(predict(x, labels, y, classes), expected)
+    return {**found, "between classes": max(shares)}
+
+
+_READINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    MEANS: lambda activations: activations.mean((2, 3)),
+    POSITIONS: lambda activations: activations.flatten(1),
+}
+
+
+def _standardized(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by the mean and the standard deviation of the first, of each feature; one that does not vary is 0.
+
+    In double precision, and what varies by no more than rounding does not vary.
+    """
+    mean, std = x.double().mean(0), x.double().std(0)
+    scale = torch.where(std > 1e-5, 1 / std, 0.0)
+    return (x - mean) * scale, (y - mean) * scale
+
+
+def linear(x: Tensor, labels: Tensor, y: Tensor, classes: int) -> Tensor:
+    """The classes of ``y`` by ridge regression on ``x``, standardized, shapes (images, features)."""
+    targets = F.one_hot(labels, classes).to(x.dtype)
+    centre = targets.mean(0)
+    ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (targets - centre))
+    scores: Tensor = centre + y @ weights
+    return scores.argmax(1)
+
+
+def neighbours(x: Tensor, labels: Tensor, y: Tensor, classes: int) -> Tensor:
+    """The classes of ``y`` by the vote of the nearest of ``x``, shapes (images, features)."""
+    nearest = torch.cdist(y, x).topk(min(NEIGHBOURS, len(x)), largest=False).indices
+    return F.one_hot(labels[nearest], classes).sum(1).argmax(1)
+
+
+PROBES: Mapping[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "linear": linear,
+    "neighbours": neighbours,
+}
+
+
+def bits(predicted: Tensor, labels: Tensor) -> float:
+    """The mutual information of two discrete values in bits, from counts, less its first-order bias (Miller 1955)."""
+    both = torch.zeros(int(predicted.max()) + 1, int(labels.max()) + 1, dtype=torch.float64)
+    both.index_put_((predicted, labels), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    rows, columns = both.sum(1), both.sum(0)
+    bias = (int((both > 0).sum()) - int((rows > 0).sum()) - int((columns > 0).sum()) + 1) / (2 * len(labels))
+    return (_entropy(rows) + _entropy(columns) - _entropy(both) - bias) / math.log(2)
+
+
+def _entropy(counts: Tensor) -> float:
+    """Of the frequencies, in nats."""
+    shares = counts[counts > 0] / counts.sum()
+    return -float((shares * shares.log()).sum())
+
+
+def between_classes(values: Tensor, labels: Tensor) -> float:
+    """The share of the variance that is between the means of classes, of all features together."""
+    x = values.double() - values.double().mean(0)
+    members = F.one_hot(labels).double()
+    sizes = members.sum(0)[:, None].clamp_min(1)
+    means = members.T @ x / sizes
+    return float((sizes * means.square()).sum() / x.square().sum().clamp_min(1e-30))
+
+
+def _name(depth: int, what: str, probe: str) -> str:
+    return f"bits of layer {depth}, {what}, {probe}"
+
+
+def _ratios(results: Results, name: str, over: str) -> list[float]:
+    above_line, below_line = results.by_seed(name), results.by_seed(over)
+    return [above_line[seed] / below_line[seed] for seed in above_line]
