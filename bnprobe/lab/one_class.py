@@ -2,8 +2,10 @@
 
 A network learns from source images; the target is other images, with less contrast, brighter, or blurred. At test time
 they come in batches of one class, as a camera that looks at one thing for a while. Statistics of such a batch are those
-of its class, so normalizing with them removes whatever is the same in all its images. Each channel then has the same
-mean in every class: a linear probe on the means of channels can tell nothing. What positions tell is not removed.
+of its class. Normalizing with them gives each channel the same mean in every class, so that a linear probe on the means
+of channels can tell nothing. But they show through: where an image is empty, its value becomes -mean/deviation of the
+batch, which tells the class of the whole batch. So a stranger is looked at as well: one image in a batch of another
+class, which a probe takes for what it is or for its company.
 
 What activations tell is measured by probes that learn on one part of the target and predict another: the mutual
 information of prediction and class is a lower bound on that of activations and class (data processing inequality). The
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +39,7 @@ from bnprobe.lab.experiment import (
 )
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, take_population, train
-from bnprobe.records import Claim, LabChart
+from bnprobe.records import Claim, Estimate, LabChart
 
 STEPS, BATCH, RATE = 150, 64, 0.05
 """Of the training on the source."""
@@ -68,23 +71,24 @@ STATES: Mapping[str, Norm] = {
 """Layers, and with which statistics they normalize the target."""
 
 IN_TRAIN_MODE = (BATCH_STATISTICS, RENORM)
-"""To the others it is all the same which images are in a batch."""
+"""To the others it is all the same which images are in a batch; layer norm has one mode."""
 
 MEANS, POSITIONS = "channel means", "all positions"
 NEIGHBOURS = 5
 RIDGE = 0.01
 
+STRANGERS = 60
+"""Images of each target that are put into batches of another class."""
+
 
 class OneClass(Experiment):
-    """Each layer on each target, in batches of one class and in mixed ones."""
+    """What each layer tells of each target."""
 
     def conditions(self, budget: Budget) -> Iterable[Condition]:
-        """What is compared; what sees no batch, once."""
+        """Every layer on batches of one class, and batch norm in train mode on mixed ones."""
         return [
-            {"layer": state, "batches": kind}
-            for state in STATES
-            for kind in (ONE_CLASS, MIXED)
-            if kind == ONE_CLASS or state in IN_TRAIN_MODE
+            *({"layer": state, "batches": ONE_CLASS} for state in STATES),
+            {"layer": BATCH_STATISTICS, "batches": MIXED},
         ]
 
     def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
@@ -115,19 +119,18 @@ class OneClass(Experiment):
                 _look(model, pixels, labels, sort)
                 for pixels, labels in ((learned, images.train_labels[half:]), (held, images.test_labels))
             ]
-            found.append(_told(parts[0], parts[1], images.classes))
-        entropy = bits(images.test_labels, images.test_labels)
+            told = _told(parts[0], parts[1], images.classes)
+            if sort:
+                count = budget.of(STRANGERS, 10)
+                told |= _strangers(model, held, images.test_labels, parts[0], count, draws)
+            found.append(told)
         means = {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
         by_target = {f"accuracy, {name}": each["accuracy"] for name, each in zip(TARGETS, found, strict=True)}
-        return {**means, **by_target, "entropy": entropy}
+        return {**means, **by_target}
 
     def conclude(self, results: Results, budget: Budget) -> Findings:
         """What each layer leaves, and what the network makes of it."""
         one = {state: results.where(layer=state, batches=ONE_CLASS) for state in STATES}
-        mixed = {
-            state: results.where(layer=state, batches=MIXED) if state in IN_TRAIN_MODE else one[state]
-            for state in STATES
-        }
         batch = one[BATCH_STATISTICS]
         means, positions = _name(3, MEANS, "linear"), _name(3, POSITIONS, "linear")
         erased = batch.values("between classes")
@@ -158,10 +161,17 @@ class OneClass(Experiment):
                     batch,
                 ),
                 above(
-                    "Positions still tell most of the class to a linear probe, under batch norm in train mode.",
-                    mean_of(_ratios(batch, positions, "entropy")),
-                    0.5,
-                    "Bits over those of the class",
+                    "What positions then tell is the company: a probe takes a stranger for one of the other class"
+                    " more often than for itself, under batch norm in train mode.",
+                    _less(batch, "taken for its company", "taken for itself"),
+                    0.0,
+                    "Difference of shares",
+                ),
+                below(
+                    "With statistics of the source the probe sees the image and not its company.",
+                    _less(one[SOURCE], "taken for its company", "taken for itself"),
+                    0.0,
+                    "Difference of shares",
                 ),
                 more(
                     "Batch Renorm, in train mode as well, keeps more of the class than batch norm (channel means).",
@@ -177,7 +187,7 @@ class OneClass(Experiment):
                 ),
                 below(
                     "The network itself is less accurate on batches of one class than on mixed ones, in train mode.",
-                    batch.less("accuracy", mixed[BATCH_STATISTICS]),
+                    batch.less("accuracy", results.where(layer=BATCH_STATISTICS, batches=MIXED)),
                     0.0,
                     "Difference of accuracy",
                 ),
@@ -206,16 +216,17 @@ class OneClass(Experiment):
                     _READ,
                 ),
                 LabChart(
-                    "mixed",
-                    "What it tells to a linear probe on channel means, by batches",
+                    "strangers",
+                    "What a probe takes a stranger for: an image in a batch of another class",
                     "layer",
-                    "bits",
+                    "share of strangers",
                     "linear",
                     "linear",
                     tuple(
-                        series(f"batches: {name}", list(STATES), [found[each].mean(means) for each in STATES])
-                        for name, found in ((ONE_CLASS, one), (MIXED, mixed))
+                        series(name, list(STATES), [found.mean(name) for found in one.values()])
+                        for name in ("taken for itself", "taken for its company")
                     ),
+                    ("The linear probe on all positions, which learned from batches of one class.",),
                 ),
                 LabChart(
                     "depth",
@@ -265,8 +276,39 @@ _READ = (
 )
 
 
-def _look(model: nn.Sequential, pixels: Tensor, labels: Tensor, sort: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The output of each normalization, the network's answers, and the classes, batch after batch."""
+class Looked(NamedTuple):
+    """What was seen of images, batch after batch: the output of each normalization, the answers, the classes."""
+
+    activations: list[Tensor]
+    answers: Tensor
+    labels: Tensor
+
+
+def _strangers(
+    model: nn.Sequential, pixels: Tensor, labels: Tensor, learned: Looked, count: int, draws: torch.Generator
+) -> dict[str, float]:
+    """What the linear probe takes an image for that is in a batch of another class: shares of so many images."""
+    taken = torch.randperm(len(labels), generator=draws)[:count]
+    seen, company = [], []
+    for stranger in taken.tolist():
+        others = (labels != labels[stranger]).nonzero()[:, 0]
+        host = labels[others[int(torch.randint(len(others), (), generator=draws))]]
+        members = (labels == host).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=draws)[: TEST_BATCH - 1]]
+        batch = torch.cat([torch.tensor([stranger]), members])
+        seen.append(_look(model, pixels[batch], labels[batch], sort=False).activations[-1][:1])
+        company.append(host)
+    read = _READINGS[POSITIONS]
+    x, y = _standardized(read(learned.activations[-1]), read(torch.cat(seen)))
+    predicted = linear(x, learned.labels, y, int(labels.max()) + 1)
+    return {
+        "taken for itself": float((predicted == labels[taken]).double().mean()),
+        "taken for its company": float((predicted == torch.stack(company)).double().mean()),
+    }
+
+
+def _look(model: nn.Sequential, pixels: Tensor, labels: Tensor, sort: bool) -> Looked:
+    """Pass images through the network in batches, of one class each if they are to be sorted."""
     order = torch.arange(len(labels))
     groups = [order[labels == label] for label in labels.unique()] if sort else [order]
     outputs: dict[int, list[Tensor]] = {}
@@ -279,12 +321,10 @@ def _look(model: nn.Sequential, pixels: Tensor, labels: Tensor, sort: bool) -> t
                 if isinstance(layer, Affine):  # of which all normalizations are
                     outputs.setdefault(place, []).append(x)
             answers.append(x.argmax(1))
-    return [torch.cat(each) for each in outputs.values()], torch.cat(answers), labels[torch.cat(groups)]
+    return Looked([torch.cat(each) for each in outputs.values()], torch.cat(answers), labels[torch.cat(groups)])
 
 
-def _told(
-    learned: tuple[list[Tensor], Tensor, Tensor], held: tuple[list[Tensor], Tensor, Tensor], classes: int
-) -> dict[str, float]:
+def _told(learned: Looked, held: Looked, classes: int) -> dict[str, float]:
     """Bits that probes read from each layer, and the accuracy of the network itself."""
     (activations, _, labels), (others, answers, expected) = learned, held
     found = {"accuracy": float((answers == expected).double().mean())}
@@ -364,6 +404,7 @@ def _name(depth: int, what: str, probe: str) -> str:
     return f"bits of layer {depth}, {what}, {probe}"
 
 
-def _ratios(results: Results, name: str, over: str) -> list[float]:
-    above_line, below_line = results.by_seed(name), results.by_seed(over)
-    return [above_line[seed] / below_line[seed] for seed in above_line]
+def _less(results: Results, name: str, other: str) -> Estimate | None:
+    """The mean difference of two figures of the same trials."""
+    here, there = results.by_seed(name), results.by_seed(other)
+    return mean_of([here[seed] - there[seed] for seed in here])

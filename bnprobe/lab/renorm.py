@@ -35,8 +35,8 @@ SIZES = (32, 4, 2)
 STEP = 256
 """Images of a step, over all workers."""
 
-STEPS, RATE, FINE_TUNING_RATE = 80, 0.1, 0.02
-PRETRAINING, PRETRAINING_RATE = 100, 0.05
+STEPS, PRETRAINING = 80, 100
+RATE, FINE_TUNING_RATE = 0.05, 0.02
 
 SCRATCH, FINE_TUNED = "from scratch", "fine-tuned"
 MIXED, SORTED = "i.i.d.", "sorted by class"
@@ -253,7 +253,7 @@ def _pretrained(images: Images, seed: int, budget: Budget) -> dict[str, Tensor]:
         turned = images.train.rot90(1, (2, 3))
         model = conv_net(turned.shape[1:], images.classes, BatchNorm)
         draws = torch.Generator().manual_seed(seed)
-        train(model, batches(turned, images.train_labels, SIZES[0], budget.of(PRETRAINING, 3), draws), PRETRAINING_RATE)
+        train(model, batches(turned, images.train_labels, SIZES[0], budget.of(PRETRAINING, 3), draws), RATE)
     last = f"{len(model) - 1}."
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(last)}
 

@@ -48,7 +48,7 @@ LEAST = 0.85
 """Part of the default build's accuracy that a layer must keep."""
 
 DEFAULT = "batch norm, batches of 32"
-BATCH_NORM, QUICK = "batch norm", "batch norm, momentum 0.1"
+BATCH_NORM, QUICK = "batch norm", "batch norm of momentum 0.1"
 INSTANCE_NORM, RENORM, GATED = "instance norm", "Batch Renorm", "gated batch norm"
 
 LAYERS: Mapping[str, Callable[[int, float], nn.Module]] = {

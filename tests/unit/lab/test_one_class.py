@@ -80,12 +80,14 @@ def test_batches_of_one_class_erase_it_from_the_means_of_channels_alone() -> Non
     assert one[bits_of_means] < 0.1
     assert source[bits_of_means] > 0.5
     assert one[bits_of_positions] > 0.5
+    assert one["taken for its company"] > one["taken for itself"]
+    assert source["taken for its company"] < source["taken for itself"]
 
 
 def test_layer_norm_sees_no_batch() -> None:
     torch.manual_seed(0)
     one, mixed = measured(LAYER_NORM, ONE_CLASS), measured(LAYER_NORM, MIXED)
-    for name in one:
+    for name in mixed:
         assert one[name] == pytest.approx(mixed[name], abs=0.02), name
 
 
