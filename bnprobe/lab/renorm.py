@@ -161,7 +161,7 @@ class Renorm(Experiment):
                     arm(BATCH_NORM, small),
                 ),
                 more(
-                    f"So it is with batches of {smallest}.",
+                    f"With batches of {smallest}, Batch Renorm is more accurate than batch norm.",
                     arm(RENORM, smallest),
                     arm(BATCH_NORM, smallest),
                 ),
