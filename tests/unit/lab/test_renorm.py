@@ -61,5 +61,5 @@ def test_batch_norm_suffers_from_small_batches_sorted_by_class() -> None:
 
 def test_a_run_has_a_figure_at_every_place_of_every_chart() -> None:
     found = lab.run("renorm", budget=0.01, seeds=1, jobs=1)
-    assert len(found.claims) == 9
+    assert len(found.claims) == 10
     assert all(None not in series.y for chart in found.charts for series in chart.series)
