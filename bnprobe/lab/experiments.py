@@ -34,6 +34,9 @@ WU_HE = "Wu & He 2018, Group Normalization, arXiv 1803.08494"
 SANTURKAR = "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, arXiv 1805.11604"
 LI = "Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization, arXiv 1801.05134"
 SCHNEIDER = "Schneider et al. 2020, Improving robustness against common corruptions, arXiv 2006.16971"
+GOODFELLOW = "Goodfellow et al. 2014, Generative Adversarial Networks, arXiv 1406.2661"
+RADFORD = "Radford et al. 2016, Unsupervised Representation Learning with Deep Convolutional GANs, arXiv 1511.06434"
+XIE = "Xie et al. 2020, Adversarial Examples Improve Image Recognition, arXiv 1911.09665"
 
 EXPERIMENTS: Registry[ExperimentRow] = Registry(
     "bnprobe.experiments",
@@ -100,6 +103,13 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             question="How far does dropout move the variance that batch norm keeps, what does it cost, what mends it?",
             sources=(LI,),
             code="bnprobe.lab.dropout:Dropout",
+        ),
+        ExperimentRow(
+            name="gan",
+            title="Real and generated images in one discriminator",
+            question="What do real and generated images do to each other's running statistics, and what mends it?",
+            sources=(GOODFELLOW, RADFORD, XIE, IOFFE_2017),
+            code="bnprobe.lab.gan:Gan",
         ),
     ),
     name_of=lambda row: row.name,

@@ -213,6 +213,12 @@ def corrections(mean: Tensor, variance: Tensor, running_mean: Tensor, running_va
     return (variance + EPS).sqrt() / sigma, (mean - running_mean) / sigma
 
 
+def mismatch(mean: Tensor, variance: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """d^2 + (1 - r)^2 of a batch, mean over channels; the mismatch D is its mean over batches."""
+    r, d = corrections(mean, variance, running_mean, running_var)
+    return (d.square() + (1 - r).square()).mean()
+
+
 def standardize(x: Tensor, mean: Tensor, variance: Tensor, eps: float = EPS) -> Tensor:
     """(x - mean) / sqrt(variance + eps), channel by channel."""
     return (x - per_channel(mean, x)) / per_channel((variance + eps).sqrt(), x)

@@ -24,7 +24,7 @@ from bnprobe.lab.experiment import (
     mean_of,
     near,
 )
-from bnprobe.lab.layers import BatchNorm, batch_moments, corrections
+from bnprobe.lab.layers import BatchNorm, batch_moments, mismatch
 from bnprobe.lab.networks import conv_net, take_population, train
 from bnprobe.records import LabChart
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
@@ -236,8 +236,7 @@ def _mismatches(layer: BatchNorm) -> Iterator[list[tuple[Tensor, int]]]:
 
     def look(_: nn.Module, given: tuple[Tensor]) -> None:
         x = given[0].detach()
-        r, d = corrections(*batch_moments(x), layer.running_mean, layer.running_var)
-        seen.append(((d.square() + (1 - r).square()).mean(), x.numel() // x.shape[1]))
+        seen.append((mismatch(*batch_moments(x), layer.running_mean, layer.running_var), x.numel() // x.shape[1]))
 
     hook = layer.register_forward_pre_hook(look)
     try:
