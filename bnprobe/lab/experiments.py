@@ -37,6 +37,8 @@ SCHNEIDER = "Schneider et al. 2020, Improving robustness against common corrupti
 GOODFELLOW = "Goodfellow et al. 2014, Generative Adversarial Networks, arXiv 1406.2661"
 RADFORD = "Radford et al. 2016, Unsupervised Representation Learning with Deep Convolutional GANs, arXiv 1511.06434"
 XIE = "Xie et al. 2020, Adversarial Examples Improve Image Recognition, arXiv 1911.09665"
+WU = "Wu & He 2018, Group Normalization, arXiv 1803.08494"
+GOYAL = "Goyal et al. 2017, Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, arXiv 1706.02677"
 
 EXPERIMENTS: Registry[ExperimentRow] = Registry(
     "bnprobe.experiments",
@@ -110,6 +112,14 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             question="What do real and generated images do to each other's running statistics, and what mends it?",
             sources=(GOODFELLOW, RADFORD, XIE, IOFFE_2017),
             code="bnprobe.lab.gan:Gan",
+        ),
+        ExperimentRow(
+            name="medical",
+            title="3-D volumes at batch 1 and 2",
+            question="What do batches of one or two volumes cost batch norm, and what holds without large batches?",
+            sources=(WU, IOFFE_2017, GOYAL),
+            code="bnprobe.lab.medical:Medical",
+            takes_data=False,
         ),
     ),
     name_of=lambda row: row.name,

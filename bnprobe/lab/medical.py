@@ -1,0 +1,205 @@
+"""``medical``: 3-D volumes, of which one or two fit into memory, so that batch norm has as many to take statistics of.
+
+Scans differ from each other by gain and bias field, far more than by what is looked for. A layer of batch norm then
+takes its mean and variance over many voxels, but of one or two scans: at batch 1 it is instance norm in training, and
+something else at inference, where it has the running averages of all scans. Wu & He 2018 (arXiv 1803.08494) divide the
+channels of each scan into groups instead, Ioffe 2017 (arXiv 1702.03275) corrects towards the running averages.
+
+Volumes are made from a seed: a lesion of random place, size and brightness, which is a ball, a shell or a rod, on
+tissue with noise; a linear bias field; a gain for the whole. A network of three convolutions says which voxels are of
+the lesion. All trainings see as many volumes, with a learning rate in proportion to the batch (Goyal et al. 2017,
+section 2.1), and running averages reach back over as many volumes. The score is Dice's: twice the voxels that are in
+both the lesion and the answer, over the sum of the voxels in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Findings, Results, Values, above, mean_of
+from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, GroupNorm, instance_norm, opening, set_limits
+from bnprobe.lab.networks import Norm, take_population, train
+from bnprobe.records import Estimate, LabChart
+
+BATCH_NORM, RENORM, GROUP, INSTANCE = "batch norm", "Batch Renorm", "group norm", "instance norm"
+NORMS: Mapping[str, Callable[[int, float], nn.Module]] = {
+    BATCH_NORM: BatchNorm,
+    RENORM: lambda channels, momentum: BatchRenorm(channels, momentum, r_max=1.0, d_max=0.0),
+    GROUP: lambda channels, momentum: GroupNorm(channels, 4),
+    INSTANCE: lambda channels, momentum: instance_norm(channels),
+}
+"""Make the normalization of so many channels, with such a momentum of the moving averages."""
+
+SIZES = SINGLE, PAIR, LARGE = 1, 2, 8
+
+SIDE, WIDTH = 10, 8
+SEEN = 1200
+"""Volumes that a training sees, all different."""
+
+TEST, RATE, MOMENTUM = 200, 0.1, 0.1
+"""Volumes that are held out; learning rate and momentum of the averages at the largest batch."""
+
+
+class Medical(Experiment):
+    """Four normalizations at three batch sizes."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """All pairs."""
+        return [{"norm": norm, "batch": size} for norm in NORMS for size in SIZES]
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Train, and score on held-out volumes in eval mode; batch norm and Batch Renorm in other ways, too."""
+        size, seen = int(condition["batch"]), budget.of(SEEN, 80)
+        draws = torch.Generator().manual_seed(seed)
+        scans, lesions = volumes(seen, draws)
+        test, expected = volumes(budget.of(TEST, 40), draws)
+        momentum = 1 - (1 - MOMENTUM) ** (size / LARGE)
+        norm = NORMS[str(condition["norm"])]
+        model = _network(lambda channels: norm(channels, momentum))
+        schedule = opening(seen // size)
+        train(
+            model,
+            zip(scans.split(size), lesions.split(size), strict=True),
+            RATE * size / LARGE,
+            lambda step, loss: set_limits(model, *schedule.at(step + 1)),
+        )
+        found = {"Dice": dice(model.eval(), test, expected)}
+        layers = [layer for layer in model if isinstance(layer, BatchNorm)]
+        if layers:
+            for layer in layers:
+                layer.momentum = 0.0
+            found["Dice in train mode"] = dice(model.train(), test, expected, size)
+            found["cost of eval mode"] = found["Dice in train mode"] - found["Dice"]
+            take_population(model, scans)
+            found["Dice with statistics taken anew"] = dice(model.eval(), test, expected)
+        return found
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """What small batches cost each normalization."""
+        arms = {(norm, size): results.where(norm=norm, batch=size) for norm in NORMS for size in SIZES}
+        train_mode, anew = "Dice in train mode", "Dice with statistics taken anew"
+        small = (SINGLE, PAIR)
+        return Findings(
+            claims=(
+                *(
+                    above(
+                        f"At batch {size} batch norm at inference is worse than at batch {LARGE}.",
+                        arms[BATCH_NORM, LARGE].less("Dice", arms[BATCH_NORM, size]),
+                        0.0,
+                        f"Held-out Dice score at batch {LARGE} less that at batch {size}",
+                    )
+                    for size in small
+                ),
+                above(
+                    f"At batch {SINGLE} the network of batch norm is better with the statistics of the volume that it"
+                    " answers for.",
+                    arms[BATCH_NORM, SINGLE].mean("cost of eval mode"),
+                    0.0,
+                    "Held-out Dice score in train mode less that in eval mode",
+                ),
+                *(
+                    above(
+                        f"At batch {PAIR} {norm} is better than batch norm.",
+                        arms[norm, PAIR].less("Dice", arms[BATCH_NORM, PAIR]),
+                        0.0,
+                        f"Held-out Dice score of {norm} less that of batch norm",
+                    )
+                    for norm in (RENORM, GROUP)
+                ),
+                above(
+                    f"From batch {LARGE} to batch {PAIR} batch norm loses more than group norm.",
+                    _more_lost(arms),
+                    0.0,
+                    "Loss of held-out Dice score of batch norm less that of group norm",
+                ),
+            ),
+            notes=(SCHEDULE,),
+            charts=(
+                LabChart(
+                    "dice",
+                    "Held-out Dice score against the batch size in training",
+                    "volumes in a batch",
+                    "Dice score in eval mode",
+                    "log",
+                    "linear",
+                    tuple(results.series("Dice", "batch", norm, norm=norm) for norm in NORMS),
+                    (f"All trainings see {budget.of(SEEN, 80):,} volumes.",),
+                ),
+                LabChart(
+                    "modes",
+                    "Batch norm with other statistics",
+                    "volumes in a batch",
+                    "held-out Dice score",
+                    "log",
+                    "linear",
+                    (
+                        results.series("Dice", "batch", "running averages", norm=BATCH_NORM),
+                        results.series(anew, "batch", "statistics of all volumes, taken anew", norm=BATCH_NORM),
+                        results.series(train_mode, "batch", "statistics of the batch", norm=BATCH_NORM),
+                    ),
+                    ("Statistics of the batch: train mode, with batches of the size that was trained with.",),
+                ),
+            ),
+        )
+
+
+def _more_lost(arms: Mapping[tuple[str, int], Results]) -> Estimate | None:
+    """What batch norm loses from the large batch to two volumes, beyond what group norm loses; paired by seed."""
+    large, pair, group_large, group_pair = (
+        arms[norm, size].by_seed("Dice") for norm in (BATCH_NORM, GROUP) for size in (LARGE, PAIR)
+    )
+    return mean_of([large[seed] - pair[seed] - (group_large[seed] - group_pair[seed]) for seed in large])
+
+
+def _network(norm: Norm) -> nn.Sequential:
+    """Two outputs for each voxel: log odds of tissue, and of lesion."""
+    return nn.Sequential(
+        nn.Conv3d(1, WIDTH, 3, padding=1),
+        norm(WIDTH),
+        nn.ReLU(),
+        nn.Conv3d(WIDTH, 2 * WIDTH, 3, padding=1),
+        norm(2 * WIDTH),
+        nn.ReLU(),
+        nn.Conv3d(2 * WIDTH, 2, 1),
+    )
+
+
+@torch.no_grad()
+def dice(model: nn.Module, scans: Tensor, lesions: Tensor, batch: int = 50) -> float:
+    """2 |A and B| / (|A| + |B|) of answer A and lesion B, mean over volumes, in the mode that the model is in."""
+    scores = []
+    for chosen, expected in zip(scans.split(batch), lesions.split(batch), strict=True):
+        found = model(chosen).argmax(1)
+        both, each = (voxels.flatten(1).sum(1) for voxels in (found * expected, found + expected))
+        scores.append(2 * both / each)
+    return torch.cat(scores).mean().item()
+
+
+def volumes(count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Volumes with one lesion each, and which voxels are of it.
+
+    Returns:
+        Shape (count, 1, 10, 10, 10), and (count, 10, 10, 10), int64.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=draws)
+
+    axis = torch.arange(SIDE, dtype=torch.float32)
+    places = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), 3)
+    away = places - uniform(3, SIDE - 4, 1, 1, 1, 3)  # from the middle of the lesion, (count, 10, 10, 10, 3)
+    distance, radius = away.norm(dim=4), uniform(1.8, 3.2, 1, 1, 1)
+    along = (away * F.normalize(torch.randn(count, 1, 1, 1, 3, generator=draws), dim=4)).sum(4)
+    ball, shell = distance <= radius, (distance - radius).abs() <= 0.6
+    rod = (along.abs() <= 1.8 * radius) & (distance.square() - along.square() <= 1)
+    kind = torch.randint(3, (count, 1, 1, 1), generator=draws)
+    lesion = torch.where(kind == 0, ball, torch.where(kind == 1, shell, rod))
+    tissue = 1 + 0.3 * torch.randn(count, SIDE, SIDE, SIDE, generator=draws)
+    slope = 0.5 * torch.randn(count, 1, 1, 1, 3, generator=draws)
+    field = 1 + (slope * (places / (SIDE - 1) - 0.5)).sum(4)
+    gain = (0.5 * torch.randn(count, 1, 1, 1, generator=draws)).exp()
+    return (gain * field * (tissue + uniform(0.8, 1.6, 1, 1, 1) * lesion))[:, None], lesion.long()
