@@ -18,6 +18,7 @@ class ExperimentRow:
         sources: Papers that it follows; empty: a question that is open.
         code: Where its ``bnprobe.lab.experiment.Experiment`` is, as "package.module:CLASS".
         takes_data: Whether it trains on images, so that the user may give others.
+        alone: Whether its trials run one after the other, since it takes times.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ExperimentRow:
     sources: tuple[str, ...]
     code: str
     takes_data: bool = True
+    alone: bool = False
 
 
 IOFFE_2015 = "Ioffe & Szegedy 2015, Batch Normalization, arXiv 1502.03167"
@@ -37,8 +39,11 @@ SCHNEIDER = "Schneider et al. 2020, Improving robustness against common corrupti
 GOODFELLOW = "Goodfellow et al. 2014, Generative Adversarial Networks, arXiv 1406.2661"
 RADFORD = "Radford et al. 2016, Unsupervised Representation Learning with Deep Convolutional GANs, arXiv 1511.06434"
 XIE = "Xie et al. 2020, Adversarial Examples Improve Image Recognition, arXiv 1911.09665"
-WU = "Wu & He 2018, Group Normalization, arXiv 1803.08494"
 GOYAL = "Goyal et al. 2017, Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, arXiv 1706.02677"
+JACOB = (
+    "Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,"
+    " arXiv 1712.05877"
+)
 
 EXPERIMENTS: Registry[ExperimentRow] = Registry(
     "bnprobe.experiments",
@@ -117,9 +122,17 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             name="medical",
             title="3-D volumes at batch 1 and 2",
             question="What do batches of one or two volumes cost batch norm, and what holds without large batches?",
-            sources=(WU, IOFFE_2017, GOYAL),
+            sources=(WU_HE, IOFFE_2017, GOYAL),
             code="bnprobe.lab.medical:Medical",
             takes_data=False,
+        ),
+        ExperimentRow(
+            name="speed",
+            title="What batch norm costs in a deployed network",
+            question="Is batch norm folded into convolutions exact and faster, and is an image done within 9 ms?",
+            sources=(JACOB,),
+            code="bnprobe.lab.speed:Speed",
+            alone=True,
         ),
     ),
     name_of=lambda row: row.name,

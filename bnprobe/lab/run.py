@@ -53,7 +53,8 @@ def run(
         seeds: Trials of each condition, with the seeds 0, 1, ...
         data: A folder of images, one folder in it for each class, or one with the files of CIFAR-10; None: the digits
             of scikit-learn.
-        jobs: Processes; None: one for each core that this process may use. Figures do not depend on it.
+        jobs: Processes; None: one for each core that this process may use. Figures do not depend on it. An experiment
+            that takes times has one.
         fresh: Do not use trials that are in the folder.
         progress: See `Progress`.
 
@@ -79,7 +80,8 @@ def run(
     show = progress or (lambda done, total: None)
     show(len(planned) - len(left), len(planned))
     kept.begin()
-    for number, trial in enumerate(_run(row, left, settings, jobs or _cores()), start=1):
+    side_by_side = 1 if row.alone else jobs or _cores()
+    for number, trial in enumerate(_run(row, left, settings, side_by_side), start=1):
         kept.add(trial)
         show(len(planned) - len(left) + number, len(planned))
     trials = tuple(kept.trials[_key(*each)] for each in planned)

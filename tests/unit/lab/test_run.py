@@ -223,3 +223,9 @@ def test_a_series_leaves_out_what_diverged() -> None:
     results = Results(Trial({}, seed, {"loss": found}, 0.0) for seed, found in enumerate(losses))
     found = results.along("loss", [1, 2], "with")
     assert (found.name, found.x, found.y) == ("with", (1, 2), (3.0, 1.0))
+
+
+def test_an_experiment_that_takes_times_runs_in_this_process_alone() -> None:
+    with lab.EXPERIMENTS.including(replace(ROW, name="timed", alone=True)):
+        lab.run("timed", seeds=3, jobs=2)
+    assert Dice.ran == [(seed, sides) for seed in range(3) for sides in (6, 20)]
