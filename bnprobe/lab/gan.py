@@ -38,7 +38,7 @@ from bnprobe.lab.experiment import (
     above,
     below,
 )
-from bnprobe.lab.layers import BatchNorm, BatchRenorm, batch_moments, mismatch
+from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, batch_moments, mismatch, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, input_of, train
 from bnprobe.nn import DomainBatchNorm2d, domain
 from bnprobe.records import LabChart
@@ -74,7 +74,8 @@ class Gan(Experiment):
         images, arm = load(budget.data), str(condition["discriminator"])
         generator, discriminator = _generator(images.train.shape[1:]), _discriminator(images.train.shape[1:], ARMS[arm])
         draws = torch.Generator().manual_seed(seed)
-        _play(arm, generator, discriminator, batches(images.train, images.train_labels, BATCH, budget.of(STEPS), draws))
+        steps = budget.of(STEPS, 4)
+        _play(arm, generator, discriminator, batches(images.train, images.train_labels, BATCH, steps, draws), steps)
         hold(generator, discriminator)
         return {
             **_measured(arm, generator, discriminator, images, budget.of(MEASURED, 4), draws),
@@ -146,6 +147,15 @@ class Gan(Experiment):
             ),
             charts=(
                 _chart(
+                    "discriminator",
+                    "Whether the discriminator knows real images from generated ones",
+                    "accuracy",
+                    results,
+                    {"accuracy in train mode": "train mode", "accuracy in eval mode": "eval mode"},
+                    f"Held-out real images, and batches of {BATCH} of each kind in both modes.",
+                    "Statistics for each kind know which kind a batch is of, in both modes.",
+                ),
+                _chart(
                     "mismatch",
                     "D of the discriminator's layers, with its statistics at inference",
                     "D, mean over layers",
@@ -154,14 +164,6 @@ class Gan(Experiment):
                     | {"D of sampling": "against the mean of the batches of a kind"}
                     | {"D by the formula": "as many i.i.d. values, 2 (1 - e_n)"},
                     "A mixed batch is one call with both kinds. Batch Renorm corrects in training what its D shows.",
-                ),
-                _chart(
-                    "discriminator",
-                    "Whether the discriminator knows real images from generated ones",
-                    "accuracy",
-                    results,
-                    {"accuracy in train mode": "train mode", "accuracy in eval mode": "eval mode"},
-                    f"Held-out real images, and batches of {BATCH} of each kind in both modes.",
                 ),
                 _chart(
                     "samples",
@@ -177,6 +179,7 @@ class Gan(Experiment):
                     scale="log",
                 ),
             ),
+            notes=(SCHEDULE,),
         )
 
 
@@ -233,7 +236,11 @@ def _discriminator(shape: torch.Size, norm: Norm) -> nn.Sequential:
 
 
 def _play(
-    arm: str, generator: nn.Sequential, discriminator: nn.Sequential, steps: Iterable[tuple[Tensor, Tensor]]
+    arm: str,
+    generator: nn.Sequential,
+    discriminator: nn.Sequential,
+    data: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
 ) -> None:
     """Train both in turn with the losses of Goodfellow et al. 2014, that of the generator not saturating.
 
@@ -242,7 +249,9 @@ def _play(
     of_generator, of_discriminator = (
         torch.optim.Adam(network.parameters(), lr=RATE, betas=(0.5, 0.999)) for network in (generator, discriminator)
     )
-    for real, _ in steps:
+    schedule = opening(steps)
+    for step, (real, _) in enumerate(data):
+        set_limits(discriminator, *schedule.at(step))
         fake = generator(torch.randn(len(real), LATENT))
         of_real, of_fake = answers(arm, discriminator, real, fake.detach())
         of_discriminator.zero_grad()

@@ -55,8 +55,8 @@ TORCH, SCRIPT, EXPORT, ONNX = "torch", "torchscript", "torch-export", "onnx"
 PLAIN, FOLDED, INT8 = "batch norm as it is", "batch norm folded", "8 bits"
 
 CHANNELS = 16, 32, 64, 128, 128
-BATCH, STEPS, RATE = 16, 100, 0.05
-RUNS, WARM_UP = 300, 10
+BATCH, STEPS, RATE = 16, 300, 0.05
+RUNS, WARM_UP = 1000, 10
 """Timed images of each variant, and those before them."""
 
 COMPARED = 400
