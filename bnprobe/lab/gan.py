@@ -96,13 +96,13 @@ class Gan(Experiment):
                     "D over 2 (1 - e_n), of the kind where it is less",
                 ),
                 above(
-                    "It is also above D of the same batches against the mean of the batches of their kind.",
+                    "With one batch norm, D of batches of a kind is above that against the mean of all of the kind.",
                     one.mean("D over that of sampling"),
                     1.0,
-                    "D over D against the mean of batches, of the kind where it is less",
+                    "D over that against the mean of all batches, of the kind where it is less",
                 ),
                 below(
-                    "Statistics for each kind mend it.",
+                    "With statistics for each kind, D is lower.",
                     each.less("D", one),
                     0.0,
                     "D with statistics for each kind less that with one batch norm, mean of both kinds",

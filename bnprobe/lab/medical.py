@@ -117,7 +117,11 @@ class Medical(Experiment):
                     "Loss of held-out Dice score of batch norm less that of group norm",
                 ),
             ),
-            notes=(SCHEDULE,),
+            notes=(
+                f"Each volume of {SIDE} x {SIDE} x {SIDE} voxels is made from the seed: a ball, a shell or a rod on"
+                " tissue with noise, under a bias field and a gain that differ from volume to volume.",
+                SCHEDULE,
+            ),
             charts=(
                 LabChart(
                     "dice",
