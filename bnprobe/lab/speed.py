@@ -46,6 +46,7 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.networks import train
+from bnprobe.numbers import percent
 from bnprobe.records import LabChart
 
 SIDE, TARGET = 128, 9.0
@@ -84,7 +85,9 @@ class Speed(Experiment):
             if eight is not None:
                 variants[INT8] = eight
             answers = {name: torch.cat([run(image) for image in test.split(1)]) for name, run in variants.items()}
+            began, worked = time.perf_counter(), time.process_time()
             times = _times(variants, test, budget.of(RUNS, 20))
+            share = (time.process_time() - worked) / (time.perf_counter() - began)
         found = {}
         for name, taken in times.items():
             found[f"p50, {name}"], found[f"p99, {name}"] = (float(taken.quantile(q)) for q in (0.5, 0.99))
@@ -94,6 +97,7 @@ class Speed(Experiment):
             **found,
             "time of folded over plain": (times[FOLDED] / times[PLAIN]).median().item(),
             "time of 8 bits over folded": (times[INT8] / times[FOLDED]).median().item() if INT8 in times else None,
+            "share of a core": share,
             "difference of folded": ((answers[FOLDED] - plain).abs().max() / plain.abs().max()).item(),
             "same class with 8 bits": agreement,
             "accuracy": (plain.argmax(1) == images.test_labels[: len(test)]).double().mean().item(),
@@ -152,8 +156,8 @@ class Speed(Experiment):
                 _chart("tail", "99th percentile of the time of an image", "p99", results),
             ),
             notes=(
-                f"Times are of one image of {SIDE} x {SIDE} pixels in one thread, on {_machine()}; what else runs there"
-                " lengthens them, the 99th percentile most.",
+                f"Times are of one image, enlarged to {SIDE} x {SIDE} pixels, in one thread on {_machine()}."
+                f"{_left(results)}",
                 *(f"{name} was not measured: it needs {_missing(name)}." for name in (ONNX,) if _missing(name)),
                 *(
                     f"8 bits were not measured in {name}: this torch or machine, or a package that is missing, does not"
@@ -175,6 +179,15 @@ def _chart(name: str, title: str, figure: str, results: Results) -> LabChart:
     variants = tuple(results.series(f"{figure}, {variant}", "format", variant) for variant in (PLAIN, FOLDED, INT8))
     legend = f"The target is {TARGET:g} ms."
     return LabChart(name, title, "format", "milliseconds", "linear", "linear", variants, (legend,))
+
+
+def _left(results: Results) -> str:
+    """What other programs left of a core, a sentence with a space before it; empty: nothing was measured."""
+    share = results.averaged("share of a core")
+    if share is None:
+        return ""
+    part = percent(min(share.mean, 1.0))
+    return f" Other programs left it {part} of a core; to wait lengthens the 99th percentile most."
 
 
 def _machine() -> str:
