@@ -153,10 +153,10 @@ class Medical(Experiment):
 
 def _more_lost(arms: Mapping[tuple[str, int], Results]) -> Estimate | None:
     """What batch norm loses from the large batch to two volumes, beyond what group norm loses; paired by seed."""
-    large, pair, group_large, group_pair = (
-        arms[norm, size].by_seed("Dice") for norm in (BATCH_NORM, GROUP) for size in (LARGE, PAIR)
-    )
-    return mean_of([large[seed] - pair[seed] - (group_large[seed] - group_pair[seed]) for seed in large])
+    found = [arms[norm, size].by_seed("Dice") for norm in (BATCH_NORM, GROUP) for size in (LARGE, PAIR)]
+    large, pair, group_large, group_pair = found
+    seeds = [seed for seed in large if all(seed in each for each in found)]
+    return mean_of([large[seed] - pair[seed] - (group_large[seed] - group_pair[seed]) for seed in seeds])
 
 
 def _network(norm: Norm) -> nn.Sequential:

@@ -172,7 +172,8 @@ class Speed(Experiment):
 def _slowest(by_format: Mapping[str, Results]) -> list[float]:
     """The largest 99th percentile of the folded network over formats, for each seed."""
     found = [each.by_seed(f"p99, {FOLDED}") for each in by_format.values()]
-    return [max(each[seed] for each in found) for seed in found[0]] if found else []
+    seeds = [seed for seed in found[0] if all(seed in each for each in found)] if found else []
+    return [max(each[seed] for each in found) for seed in seeds]
 
 
 def _chart(name: str, title: str, figure: str, results: Results) -> LabChart:
