@@ -98,6 +98,14 @@ EXPERIMENTS: Registry[ExperimentRow] = Registry(
             code="bnprobe.lab.one_class:OneClass",
         ),
         ExperimentRow(
+            name="stream",
+            title="Running statistics under drift",
+            question="How far off are running statistics of data that drifts, and which momentum is best, untuned?",
+            sources=(),
+            code="bnprobe.lab.stream:DriftingStreams",
+            takes_data=False,
+        ),
+        ExperimentRow(
             name="style",
             title="Between batch norm and instance norm",
             question="Which blend of an image's own statistics and those of all images holds where styles differ?",
