@@ -150,11 +150,11 @@ class DriftingStreams(Experiment):
         )
         return Findings(
             claims=(
-                *_claims_of_formulas(step, walk, linear),
                 *_claims_of_best(walk),
-                *_claims_of_bound(bounded),
-                *_claims_of_correlation(correlated),
                 *_claims_of_rules(choice),
+                *_claims_of_bound(bounded),
+                *_claims_of_formulas(step, walk, linear),
+                *_claims_of_correlation(correlated),
             ),
             charts=(_chart_of_walks(walk), _chart_of_steps(step), _chart_of_bound(bounded), _chart_of_rules(choice)),
             tables=(_table_of_correlation(correlated),),
@@ -559,7 +559,7 @@ def _claims_of_best(walk: Results) -> Iterable[Claim]:
             "D over that at this momentum, mean over speeds",
         )
     yield near(
-        "At this momentum, the least D is that against exact statistics over 1 - m.",
+        "At this momentum D is that against exact statistics over 1 - m.",
         walk.where(**{"over best": 1.0}).averaged("D over the formula"),
         1.0,
         0.05,
@@ -680,7 +680,7 @@ def _chart_of_walks(walk: Results) -> LabChart:
         "log",
         (
             *(walk.series("D over N", "over best", f"q = {speed:g}", speed=speed) for speed in SPEEDS),
-            *(formula(f"formula, q = {speed:g}", MULTIPLES, expected(speed)) for speed in SPEEDS),
+            *(formula(f"formula for q = {speed:g}", MULTIPLES, expected(speed)) for speed in SPEEDS),
         ),
         (
             "q is the variance of a step over that of the noise of a batch, for the mean and for the variance.",
@@ -704,7 +704,7 @@ def _chart_of_steps(step: Results) -> LabChart:
                 for momentum in chosen
             ),
             *(
-                formula(f"formula, momentum {momentum:g}", AFTER, lambda t, m=momentum: (1 - m) ** t)  # type: ignore[misc]
+                formula(f"formula for momentum {momentum:g}", AFTER, lambda t, m=momentum: (1 - m) ** t)  # type: ignore[misc]
                 for momentum in chosen
             ),
         ),
@@ -738,7 +738,7 @@ def _chart_of_rules(choice: Results) -> LabChart:
         "stream",
         "D over that of the best fixed momentum",
         "linear",
-        "linear",
+        "log",
         tuple(choice.series(figure, "drift", name) for figure, name in names.items()),
         (
             "The best fixed momentum is that of least D in hindsight, of "
