@@ -163,6 +163,30 @@ def set_limits(model: nn.Module, r_max: float, d_max: float) -> None:
             layer.r_max, layer.d_max = r_max, d_max
 
 
+class PerWorkerBatchNorm(BatchNorm):
+    """Batch norm of a batch that is split over workers, each of which has the statistics of its own part alone.
+
+    The moving averages are those of the first worker, as ``DistributedDataParallel`` keeps them.
+
+    Args:
+        channels: Dimension 1 of the input.
+        workers: Into how many parts of consecutive samples a batch is split.
+        momentum, frozen: As of `BatchNorm`.
+    """
+
+    def __init__(self, channels: int, workers: int, momentum: float = 0.1, frozen: bool = False) -> None:
+        super().__init__(channels, momentum, frozen)
+        self.workers = workers
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize."""
+        if not self.training or self.frozen:
+            return super().forward(x)
+        first, *others = x.chunk(self.workers)
+        normalized = [self.affine(self.normalize(part, *batch_moments(part))) for part in others]
+        return torch.cat([super().forward(first), *normalized])
+
+
 class GroupNorm(Affine):
     """Statistics of groups of channels of one sample, in both modes (Wu & He 2018, arXiv 1803.08494).
 

@@ -46,6 +46,7 @@ def train(
     batches: Iterable[tuple[Tensor, Tensor]],
     rate: float,
     after_step: Callable[[int, float], None] | None = None,
+    decay_over: int | None = None,
 ) -> None:
     """Train a classifier with SGD and momentum 0.9, in train mode.
 
@@ -54,14 +55,18 @@ def train(
         batches: One for each step.
         rate: Learning rate.
         after_step: Called with the number of the step, from 0, and the loss of its batch; gradients are still there.
+        decay_over: Steps in which the rate falls to 0, along half a cosine; None: it stays.
     """
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, decay_over) if decay_over else None
     for step, (images, labels) in enumerate(batches):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         if after_step is not None:
             after_step(step, loss.item())
 

@@ -1,0 +1,254 @@
+"""``freeze``: a large batch split over workers, and statistics that are frozen after part of the training.
+
+Where a batch is split over workers, batch norm by itself uses the statistics of each worker's part. With synchronized
+statistics the workers train the same network as one worker with the whole batch. Goyal et al. 2017 (arXiv 1706.02677,
+section 2.3 and "Batch Normalization" in section 3) keep the statistics of a part: its size then belongs to the loss
+function, whatever the number of workers. Wu & Johnson 2021 (arXiv 2105.07576) call it the normalization batch size, and
+find that small ones make a network at inference another one than in training. They train the last fifth with frozen
+statistics, which mends that, since training and inference are then the same function.
+
+Networks are trained on batches of 128 that are split over 1 to 16 workers, with a learning rate that falls to 0 along
+half a cosine. Statistics are frozen after a quarter, half, three quarters and nine tenths of the training, or never.
+Frozen statistics are the moving averages of the first worker.
+
+One process can stand for all workers, since each part is normalized by itself. That this is so, and that synchronized
+statistics are those of the whole batch, is checked with two real processes (``bnprobe.lab.workers``), in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Findings,
+    Results,
+    Values,
+    above,
+    below,
+    series,
+    within,
+)
+from bnprobe.lab.layers import BatchNorm, PerWorkerBatchNorm
+from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
+from bnprobe.lab.workers import Work, train_together
+from bnprobe.records import LabChart
+
+BATCH, STEPS, RATE = 128, 160, 0.1
+WORKERS = (1, 2, 4, 8, 16)
+ALL, SMALL = WORKERS[0], WORKERS[-1]
+"""One worker with the whole batch, which is what synchronized statistics come to; and the most workers."""
+
+FREEZE: Mapping[str, float | None] = {"25%": 0.25, "50%": 0.5, "75%": 0.75, "90%": 0.9, "never": None}
+"""After which part of the steps statistics are frozen."""
+EARLY, LATE, NEVER = "25%", "75%", "never"
+
+SIMULATED, PROCESSES = "one process for all workers", "two processes"
+
+NOTHING = 0.005
+"""Accuracy that counts as nothing: half a percentage point, two of the digits held out."""
+
+ROUNDING = 1e-9
+"""Relative deviation that rounding of float64 (1e-16) may grow to in a training."""
+
+
+class Freeze(Experiment):
+    """Numbers of workers, times of freezing, and two real processes."""
+
+    def conditions(self, budget: Budget) -> Iterable[Condition]:
+        """The processes first, so that a machine that cannot start them says so at once."""
+        found: list[Condition] = [{"run": PROCESSES, "workers": 2, "frozen after": NEVER}]
+        found += [
+            {"run": SIMULATED, "workers": workers, "frozen after": freeze} for workers in WORKERS for freeze in FREEZE
+        ]
+        return found
+
+    def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
+        """Train; or compare with the processes."""
+        images = load(budget.data)
+        if condition["run"] == PROCESSES:
+            return _deviations(images, seed, budget.of(20, 3))
+        workers, steps = int(condition["workers"]), budget.of(STEPS, 10)
+        model = _network(images, workers)
+        _train(model, images, steps, FREEZE[str(condition["frozen after"])], seed)
+        return {
+            "accuracy": held_out_accuracy(model, images.test, images.test_labels),
+            "loss": _loss(model, images),
+            "change of outputs at inference": _change(model, images.train),
+        }
+
+    def conclude(self, results: Results, budget: Budget) -> Findings:
+        """What small parts cost, and what freezing costs or mends."""
+        processes, simulated = results.where(run=PROCESSES), results.where(run=SIMULATED)
+        size = BATCH // SMALL
+        change = "change of outputs at inference"
+
+        def arm(workers: int, freeze: str) -> Results:
+            return simulated.where(workers=workers).where(**{"frozen after": freeze})
+
+        return Findings(
+            claims=(
+                within(
+                    "Two processes with synchronized statistics train the network of one process with the whole batch.",
+                    max(processes.values("synchronized against the whole batch"), default=None),
+                    ROUNDING,
+                    "Largest relative deviation of any parameter or statistic",
+                ),
+                within(
+                    "Two processes with statistics of their own train the network of one process that normalizes the"
+                    " parts by themselves.",
+                    max(processes.values("own statistics against parts"), default=None),
+                    ROUNDING,
+                    "Largest relative deviation of any parameter or statistic",
+                ),
+                above(
+                    f"Statistics of {size} images for each worker are worse than synchronized ones.",
+                    arm(ALL, NEVER).less("accuracy", arm(SMALL, NEVER)),
+                    0.0,
+                    f"Held-out accuracy, synchronized less {size} for each worker",
+                ),
+                below(
+                    "Frozen for the last quarter costs nothing.",
+                    arm(ALL, NEVER).less("accuracy", arm(ALL, LATE)),
+                    NOTHING,
+                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 75%",
+                ),
+                above(
+                    f"Where each worker has {size} images, freezing for the last quarter is a gain.",
+                    arm(SMALL, LATE).less("accuracy", arm(SMALL, NEVER)),
+                    0.0,
+                    f"Held-out accuracy with {size} for each worker, frozen after 75% less never frozen",
+                ),
+                above(
+                    "Frozen after the first quarter, while the learning rate is high, costs accuracy.",
+                    arm(ALL, NEVER).less("accuracy", arm(ALL, EARLY)),
+                    NOTHING,
+                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 25%",
+                ),
+                above(
+                    "The fewer images a worker has, the more a network differs at inference from what was trained.",
+                    arm(SMALL, NEVER).less(change, arm(ALL, NEVER)),
+                    0.0,
+                    f"Squared change of outputs over their variance, {size} for each worker less synchronized",
+                ),
+                within(
+                    "Frozen statistics take that difference away.",
+                    max((value for each in WORKERS for value in arm(each, LATE).values(change)), default=None),
+                    1e-9,
+                    "Largest squared change of outputs over their variance, frozen after 75%",
+                ),
+            ),
+            charts=(
+                _chart(simulated, "accuracy", "Held-out accuracy", "accuracy"),
+                LabChart(
+                    "change",
+                    "How much a network differs at inference from training",
+                    "images for each worker",
+                    "squared change of outputs over their variance",
+                    "log",
+                    "log",
+                    (
+                        series(
+                            "never frozen",
+                            [BATCH / workers for workers in WORKERS],
+                            [arm(workers, NEVER).mean(change) for workers in WORKERS],
+                        ),
+                    ),
+                    ("On training images, in parts as in training; 0 where statistics are frozen.",),
+                ),
+                _chart(simulated, "loss", "Held-out loss", "cross-entropy"),
+            ),
+            notes=(
+                f"Learning rate {RATE:g} with momentum 0.9, which falls to 0 along half a cosine; trainings that"
+                " diverged count with the accuracy that they have, and have no loss.",
+            ),
+        )
+
+
+def _chart(simulated: Results, figure: str, title: str, unit: str) -> LabChart:
+    return LabChart(
+        figure,
+        title,
+        "frozen after",
+        unit,
+        "linear",
+        "log" if figure == "loss" else "linear",
+        tuple(
+            simulated.series(figure, "frozen after", f"{BATCH // workers} per worker", workers=workers)
+            for workers in WORKERS
+        ),
+        (
+            f"Statistics of so many images of a batch of {BATCH}, frozen after that part of the training;"
+            f" {BATCH} is what synchronized statistics come to.",
+        ),
+    )
+
+
+def _network(images: Images, workers: int) -> nn.Sequential:
+    norm: Norm = functools.partial(PerWorkerBatchNorm, workers=workers)
+    return conv_net(images.train.shape[1:], images.classes, norm)
+
+
+def _batches(images: Images, steps: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    return batches(images.train, images.train_labels, BATCH, steps, torch.Generator().manual_seed(seed))
+
+
+def _train(model: nn.Sequential, images: Images, steps: int, until: float | None, seed: int) -> None:
+    """Train; after a part of the steps, moving averages normalize and stay as they are."""
+
+    def freeze(step: int, _: float) -> None:
+        if until is not None and step + 1 == round(until * steps):
+            for layer in model:
+                if isinstance(layer, BatchNorm):
+                    layer.frozen = True
+
+    train(model, _batches(images, steps, seed), RATE, freeze, decay_over=steps)
+
+
+@torch.no_grad()
+def _loss(model: nn.Sequential, images: Images) -> float:
+    """Of held-out images, at inference."""
+    return F.cross_entropy(model.eval()(images.test), images.test_labels).item()
+
+
+@torch.no_grad()
+def _change(model: nn.Sequential, pixels: Tensor) -> float:
+    """Mean squared difference of outputs between training and inference, over their variance at inference."""
+    for layer in model:
+        if isinstance(layer, BatchNorm):
+            layer.momentum = 0.0
+    whole = pixels[: len(pixels) // BATCH * BATCH] if len(pixels) >= BATCH else pixels
+    trained = torch.cat([model.train()(part) for part in whole.split(BATCH)])
+    used = torch.cat([model.eval()(part) for part in whole.split(BATCH)])
+    return float((trained - used).square().mean() / used.var())
+
+
+# --- Two processes ----------------------------------------------------------------------------------------------------
+
+
+def _deviations(images: Images, seed: int, steps: int) -> Values:
+    """How far networks that two processes train are from those that one trains: largest deviation, relative."""
+    given = [(pixels.double(), labels) for pixels, labels in _batches(images, steps, seed)]
+    start = _network(images, 2).double().state_dict()
+    ways = {"synchronized against the whole batch": 1, "own statistics against parts": 2}
+    work = [Work(start, given, images.classes, RATE, synchronized=workers == 1) for workers in ways.values()]
+    found = {}
+    for (name, workers), trained in zip(ways.items(), train_together(work), strict=True):
+        alone = _network(images, workers).double()
+        alone.load_state_dict(start)
+        train(alone, given, RATE)
+        found[name] = _largest_deviation(trained, alone.state_dict())
+    return found
+
+
+def _largest_deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Of any entry, over the largest one of its tensor."""
+    return max(float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
