@@ -113,6 +113,7 @@ CHANNELS, BATCHES, SETTLED = 32, 1000, 100
 """Channels and batches of a stream, and how many batches at its start are not scored."""
 GRID = (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 USUAL = 0.1
+GAIN = f"D over the least, momentum {USUAL:g} less two lengths"
 NEIGHBOURS, TWO_LENGTHS, LEAST = "variance within batches", "increments of two lengths", "least D so far"
 RULES = (NEIGHBOURS, TWO_LENGTHS, LEAST)
 
@@ -506,14 +507,16 @@ def _choice(make: Callable[[], Stream], layers: int) -> Values:
         mismatch = replay(stream, start, tried, EPS).mismatch
         by_grid = mismatch[:, len(rules) :]
         scored = torch.cat([mismatch[:, : len(rules)], least_so_far(by_grid)[:, None], by_grid], 1)
-        means = scored[SETTLED:].mean(0).tolist()
-        fixed = means[len(RULES) :]
-        for name, value in zip(ratios, (*means[: len(RULES)], fixed[GRID.index(USUAL)]), strict=True):
+        found = scored[SETTLED:].mean(0).tolist()
+        fixed = found[len(RULES) :]
+        for name, value in zip(ratios, (*found[: len(RULES)], fixed[GRID.index(USUAL)]), strict=True):
             ratios[name].append(value / min(fixed))
         best.append(GRID[fixed.index(min(fixed))])
         last.append(float(rules[1][-1]))
+    means = {f"D over the least, {name}": math.fsum(values) / layers for name, values in ratios.items()}
     return {
-        **{f"D over the least, {name}": math.fsum(values) / layers for name, values in ratios.items()},
+        **means,
+        GAIN: means[f"D over the least, momentum {USUAL:g}"] - means[f"D over the least, {TWO_LENGTHS}"],
         "best fixed momentum": math.fsum(best) / layers,
         f"last momentum, {TWO_LENGTHS}": math.fsum(last) / layers,
     }
@@ -628,23 +631,12 @@ def _claims_of_rules(choice: Results) -> Iterable[Claim]:
             1.05,
             "D over that of the best fixed momentum in hindsight, on the worst kind of stream",
         )
-    usual = f"D over the least, momentum {USUAL:g}"
-    gain = [
-        math.fsum(of_kind[seed] for of_kind in (_less(choice.where(drift=kind), usual, TWO_LENGTHS) for kind in KINDS))
-        / len(KINDS)
-        for seed in sorted({trial.seed for trial in choice})
-    ]
     yield above(
         f"The rule by {TWO_LENGTHS} is nearer to the best than the usual momentum of {USUAL:g}.",
-        mean_of(gain),
+        choice.averaged(GAIN),
         0.0,
         f"D over the least, with {USUAL:g} less with the rule, mean over streams",
     )
-
-
-def _less(kind: Results, name: str, rule: str) -> dict[int, float]:
-    other = kind.by_seed(f"D over the least, {rule}")
-    return {seed: value - other[seed] for seed, value in kind.by_seed(name).items()}
 
 
 def _worst(choice: Results, name: str, kinds: Iterable[str]) -> Estimate | None:
@@ -663,7 +655,8 @@ def _over_best(walk: Results, multiple: float) -> list[float]:
         tuple(walk.where(speed=speed, **{"over best": each}).by_seed("D over N") for each in (multiple, 1.0))
         for speed in SPEEDS
     ]
-    return [math.fsum(there[seed] / here[seed] for there, here in pairs) / len(pairs) for seed in pairs[0][1]]
+    seeds = sorted(set.intersection(*(set(found) for pair in pairs for found in pair)))
+    return [math.fsum(there[seed] / here[seed] for there, here in pairs) / len(pairs) for seed in seeds]
 
 
 def _chart_of_walks(walk: Results) -> LabChart:
