@@ -17,8 +17,8 @@ statistics are those of the whole batch, is checked with two real processes (``b
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,14 @@ from bnprobe.lab.experiment import (
     Values,
     above,
     below,
+    formula,
     series,
     within,
 )
 from bnprobe.lab.layers import BatchNorm, PerWorkerBatchNorm
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
 from bnprobe.lab.workers import Work, train_together
-from bnprobe.records import LabChart
+from bnprobe.records import Estimate, LabChart
 
 BATCH, STEPS, RATE = 128, 160, 0.1
 WORKERS = (1, 2, 4, 8, 16)
@@ -148,22 +149,7 @@ class Freeze(Experiment):
             ),
             charts=(
                 _chart(simulated, "accuracy", "Held-out accuracy", "accuracy"),
-                LabChart(
-                    "change",
-                    "How much a network differs at inference from training",
-                    "images for each worker",
-                    "squared change of outputs over their variance",
-                    "log",
-                    "log",
-                    (
-                        series(
-                            "never frozen",
-                            [BATCH / workers for workers in WORKERS],
-                            [arm(workers, NEVER).mean(change) for workers in WORKERS],
-                        ),
-                    ),
-                    ("On training images, in parts as in training; 0 where statistics are frozen.",),
-                ),
+                _chart_of_change([arm(workers, NEVER).mean(change) for workers in WORKERS]),
                 _chart(simulated, "loss", "Held-out loss", "cross-entropy"),
             ),
             notes=(
@@ -192,8 +178,31 @@ def _chart(simulated: Results, figure: str, title: str, unit: str) -> LabChart:
     )
 
 
+def _as_one_over(factor: float, n: float) -> float:
+    return factor / n
+
+
+def _chart_of_change(found: Sequence[Estimate | None]) -> LabChart:
+    sizes = [BATCH // workers for workers in WORKERS]
+    smallest = found[-1]
+    noise = [] if smallest is None else [formula("as 1 / n", sizes, partial(_as_one_over, smallest.mean * sizes[-1]))]
+    return LabChart(
+        "change",
+        "How much a network differs at inference from training",
+        "images for each worker, n",
+        "squared change of outputs over their variance",
+        "log",
+        "log",
+        (series("never frozen", sizes, found), *noise),
+        (
+            "On training images, in parts as in training; 0 where statistics are frozen.",
+            f"The variance of a mean over n images is as 1 / n; drawn from n = {sizes[-1]} on.",
+        ),
+    )
+
+
 def _network(images: Images, workers: int) -> nn.Sequential:
-    norm: Norm = functools.partial(PerWorkerBatchNorm, workers=workers)
+    norm: Norm = partial(PerWorkerBatchNorm, workers=workers)
     return conv_net(images.train.shape[1:], images.classes, norm)
 
 

@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -697,7 +698,7 @@ def _chart_of_steps(step: Results) -> LabChart:
                 for momentum in chosen
             ),
             *(
-                formula(f"formula for momentum {momentum:g}", AFTER, lambda t, m=momentum: (1 - m) ** t)  # type: ignore[misc]
+                formula(f"formula for momentum {momentum:g}", AFTER, partial(math.pow, 1 - momentum))
                 for momentum in chosen
             ),
         ),
