@@ -24,6 +24,10 @@ _TEST = 4
 _SIZE = 32
 """Height and width that images of a folder are scaled to."""
 
+POPULATION = 2048
+"""So many images stand for the population, and as many are held out at most: what layers make of all of a large data
+set would not fit into memory."""
+
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 
 
@@ -88,11 +92,14 @@ def _split(pixels: Tensor, labels: Tensor, what: str) -> Images:
 
 
 def _standardized(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, what: str) -> Images:
+    test, test_labels = test[:POPULATION], test_labels[:POPULATION]
     mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     size = "x".join(map(str, train.shape[1:]))
     described = f"{what}: {count(len(train), 'image')} to train on, {len(test):,} held out, {size}"
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    return Images((train - mean) / std, train_labels, (test - mean) / std, test_labels, classes, described)
+    for part in (train, test):
+        part.sub_(mean).div_(std)  # in place, as data sets are large
+    return Images(train, train_labels, test, test_labels, classes, described)
 
 
 # --- The user's own ---------------------------------------------------------------------------------------------------
@@ -104,7 +111,7 @@ def _folder(folder: Path) -> Images:
 
     classes = sorted(each for each in folder.iterdir() if each.is_dir())
     paths = [(path, label) for label, each in enumerate(classes) for path in sorted(each.rglob("*"))]
-    paths = [(path, label) for path, label in paths if path.suffix.lower() in _SUFFIXES]
+    paths = [(path, label) for path, label in paths if path.suffix.lower() in _SUFFIXES and path.is_file()]
     if len({label for _, label in paths}) < 2:
         raise UsageError(
             f"--data {folder} needs a folder of images for each of two or more classes, or the files of CIFAR-10;"
@@ -115,10 +122,10 @@ def _folder(folder: Path) -> Images:
         try:
             with Image.open(path) as image:
                 pixels[number] = np.asarray(image.convert("RGB").resize((_SIZE, _SIZE)))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Pillow has many
             raise UsageError(f"The image {path} cannot be read: {error}.") from None
     labels = torch.tensor([label for _, label in paths])
-    return _split(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), labels, folder.name)
+    return _split(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), labels, folder.resolve().name)
 
 
 def _cifar(folder: Path) -> Images:

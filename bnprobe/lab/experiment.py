@@ -125,10 +125,24 @@ class Results:
                 found.setdefault(trial.seed, []).append(float(value))
         return mean_of([math.fsum(values) / len(values) for values in found.values()])
 
-    def less(self, name: str, other: Results) -> Estimate | None:
-        """The mean difference of a figure from that of other trials of the same seeds, paired by seed."""
-        here, there = self.by_seed(name), other.by_seed(name)
-        return mean_of([here[seed] - there[seed] for seed in here if seed in there])
+    def less(self, name: str, other: Results, its: str | None = None) -> Estimate | None:
+        """The mean difference of a figure from one of other trials of the same seeds, paired by seed.
+
+        Args:
+            name: Of the figure.
+            other: The other trials, or the same.
+            its: Name of their figure; None: the same.
+        """
+        return mean_of([here - there for here, there in self.paired(name, other, its)])
+
+    def over(self, name: str, other: Results, its: str | None = None) -> Estimate | None:
+        """The mean ratio of a figure to one of other trials, as `less`; seeds in which that one is 0 are left out."""
+        return mean_of([here / there for here, there in self.paired(name, other, its) if there])
+
+    def paired(self, name: str, other: Results, its: str | None = None) -> list[tuple[float, float]]:
+        """A figure and one of other trials, of each seed that has both; arguments as of `less`."""
+        here, there = self.by_seed(name), other.by_seed(its or name)
+        return [(here[seed], there[seed]) for seed in here if seed in there]
 
     def series(self, figure: str, over: str, name: str, **condition: str | int | float | bool) -> LabSeries:
         """The mean of a figure over seeds, at each value of a setting.
@@ -162,7 +176,7 @@ def mean_of(values: Sequence[float]) -> Estimate | None:
     if not values:
         return None
     mean = math.fsum(values) / len(values)
-    half = half_width(len(values), math.fsum(values), math.fsum(value * value for value in values))
+    half = half_width(len(values), 0.0, math.fsum((value - mean) ** 2 for value in values))  # centred: no cancellation
     return Estimate(mean, None if half is None else (mean - half, mean + half))
 
 
@@ -240,6 +254,28 @@ def near(text: str, found: Estimate | None, expected: float, tolerance: float, w
         verdict = "refuted"
     needed = f"the formula gives {score(expected)}, and {percent(tolerance)} are allowed"
     return Claim(text, verdict, _evidence(found, what, needed))
+
+
+def near_everywhere(
+    text: str, found: Mapping[str, Estimate | None], expected: float, tolerance: float, what: str
+) -> Claim:
+    """A claim that each of several figures is what a formula says: as `near`, decided by the figure that is worst.
+
+    Args:
+        text: The claim.
+        found: The figures, by where they were taken, e.g. "at rate 0.5".
+        expected, tolerance, what: As of `near`.
+    """
+
+    def reach(where: str) -> float:
+        low, high = _ends(found[where])
+        return max(expected - low, high - expected)
+
+    claims = [
+        near(text, found[where], expected, tolerance, f"{what} {where}, which decides of {len(found)}")
+        for where in sorted(found, key=reach, reverse=True)
+    ]
+    return min(claims, key=lambda claim: ("refuted", "open", "shown").index(claim.verdict))
 
 
 def _evidence(found: Estimate | None, what: str, needed: str) -> str:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.data import batches, load
+from bnprobe.lab.data import POPULATION, batches, load
 from bnprobe.lab.experiment import (
     Budget,
     Condition,
@@ -33,13 +33,12 @@ from bnprobe.lab.experiment import (
     Values,
     above,
     below,
-    mean_of,
     series,
     within,
 )
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, take_population, train
-from bnprobe.records import Claim, Estimate, LabChart
+from bnprobe.records import Claim, LabChart
 
 STEPS, BATCH, RATE = 150, 64, 0.05
 """Of the training on the source."""
@@ -96,6 +95,7 @@ class OneClass(Experiment):
         images = load(budget.data)
         state, sort = str(condition["layer"]), condition["batches"] == ONE_CLASS
         half = len(images.train) // 2
+        probed = slice(half, half + POPULATION)
         draws = torch.Generator().manual_seed(seed)
         model = conv_net(images.train.shape[1:], images.classes, STATES[state])
         steps = budget.of(STEPS, 3)
@@ -111,13 +111,13 @@ class OneClass(Experiment):
                 layer.momentum = 0.0  # what is measured does not depend on what was measured before
         found = []
         for change in TARGETS.values():
-            learned, held = change(images.train[half:]), change(images.test)
+            learned, held = change(images.train[probed]), change(images.test)
             if state == RECALIBRATED:
                 take_population(model, learned)
             model.train(state in IN_TRAIN_MODE)
             parts = [
                 _look(model, pixels, labels, sort)
-                for pixels, labels in ((learned, images.train_labels[half:]), (held, images.test_labels))
+                for pixels, labels in ((learned, images.train_labels[probed]), (held, images.test_labels))
             ]
             told = _told(parts[0], parts[1], images.classes)
             if sort:
@@ -163,13 +163,13 @@ class OneClass(Experiment):
                 above(
                     "What positions then tell is the company: a probe takes a stranger for one of the other class"
                     " more often than for itself, under batch norm in train mode.",
-                    _less(batch, "taken for its company", "taken for itself"),
+                    batch.less("taken for its company", batch, "taken for itself"),
                     0.0,
                     "Difference of shares",
                 ),
                 below(
                     "With statistics of the source the probe sees the image and not its company.",
-                    _less(one[SOURCE], "taken for its company", "taken for itself"),
+                    one[SOURCE].less("taken for its company", one[SOURCE], "taken for itself"),
                     0.0,
                     "Difference of shares",
                 ),
@@ -356,11 +356,17 @@ def _standardized(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, labels: Tensor, y: Tensor, classes: int) -> Tensor:
-    """The classes of ``y`` by ridge regression on ``x``, standardized, shapes (images, features)."""
+    """The classes of ``y`` by ridge regression on ``x``, standardized, shapes (images, features).
+
+    The weights are (X'X + ridge)^-1 X'T = X'(XX' + ridge)^-1 T, of which the smaller matrix is inverted.
+    """
     targets = F.one_hot(labels, classes).to(x.dtype)
     centre = targets.mean(0)
-    ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (targets - centre))
+    ridge = RIDGE * len(x) * torch.eye(min(x.shape), dtype=x.dtype)
+    if x.shape[1] > len(x):
+        weights = x.T @ torch.linalg.solve(x @ x.T + ridge, targets - centre)
+    else:
+        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (targets - centre))
     scores: Tensor = centre + y @ weights
     return scores.argmax(1)
 
@@ -403,9 +409,3 @@ def between_classes(values: Tensor, labels: Tensor) -> float:
 
 def _name(depth: int, what: str, probe: str) -> str:
     return f"bits of layer {depth}, {what}, {probe}"
-
-
-def _less(results: Results, name: str, other: str) -> Estimate | None:
-    """The mean difference of two figures of the same trials."""
-    here, there = results.by_seed(name), results.by_seed(other)
-    return mean_of([here[seed] - there[seed] for seed in here])

@@ -26,14 +26,13 @@ from bnprobe.lab.experiment import (
     Values,
     above,
     below,
-    mean_of,
     near,
     series,
 )
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import accuracy, conv_net, held_out_accuracy, train
 from bnprobe.nn import GatedBatchNorm2d
-from bnprobe.records import Estimate, LabChart
+from bnprobe.records import LabChart
 
 IMAGES, BATCH = 4096, 32
 """Images that each network learns from, and those of a batch of the default build."""
@@ -110,7 +109,7 @@ class Single(Experiment):
                 *(
                     above(
                         f"On single images, {name} keeps at least 85% of the accuracy of the default build.",
-                        _over(by_layer[name], "accuracy", default, "accuracy"),
+                        by_layer[name].over("accuracy", default),
                         LEAST,
                         "Accuracy over that of the default build",
                     )
@@ -119,7 +118,7 @@ class Single(Experiment):
                 near(
                     "On single images, batch norm learns what instance norm does, and is as good as long as it stays in"
                     " train mode.",
-                    _over(by_layer[BATCH_NORM], "accuracy in train mode", by_layer[INSTANCE_NORM], "accuracy"),
+                    by_layer[BATCH_NORM].over("accuracy in train mode", by_layer[INSTANCE_NORM], "accuracy"),
                     1.0,
                     0.02,
                     "Accuracy in train mode over that of instance norm",
@@ -143,12 +142,12 @@ class Single(Experiment):
                         series(
                             "at inference",
                             single,
-                            [_over(by_layer[name], "accuracy", default, "accuracy") for name in single],
+                            [by_layer[name].over("accuracy", default) for name in single],
                         ),
                         series(
                             "in train mode, one image at a time",
                             single,
-                            [_over(by_layer[name], "accuracy in train mode", default, "accuracy") for name in single],
+                            [by_layer[name].over("accuracy in train mode", default, "accuracy") for name in single],
                         ),
                     ),
                     ("The default build is batch norm with batches of 32 at inference; the criterion is 0.85 of it.",),
@@ -206,9 +205,3 @@ def _after(name: str, seen: int) -> str:
 def _gates(model: nn.Module) -> list[float]:
     """The mean gate of each gated layer."""
     return [layer.gate.mean().item() for layer in model.modules() if isinstance(layer, GatedBatchNorm2d)]
-
-
-def _over(one: Results, name: str, other: Results, its_name: str) -> Estimate | None:
-    """The mean ratio of a figure to one of other trials, paired by seed."""
-    here, there = one.by_seed(name), other.by_seed(its_name)
-    return mean_of([here[seed] / there[seed] for seed in here if there.get(seed)])

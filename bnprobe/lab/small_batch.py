@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.data import POPULATION, Images, batches, load
 from bnprobe.lab.experiment import (
     Budget,
     Condition,
@@ -23,6 +23,7 @@ from bnprobe.lab.experiment import (
     formula,
     mean_of,
     near,
+    near_everywhere,
 )
 from bnprobe.lab.layers import BatchNorm, batch_moments, mismatch
 from bnprobe.lab.networks import conv_net, take_population, train
@@ -33,9 +34,6 @@ SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 NORMAL, NETWORK = "i.i.d. normal values", "trained network"
 VALUES = 2**21
 """Normal values that are drawn for each batch size."""
-
-IMAGES = 2048
-"""Images that gradients are averaged over, where there are as many."""
 
 
 class SmallBatch(Experiment):
@@ -57,7 +55,6 @@ class SmallBatch(Experiment):
         """Figures beside their formulas."""
         normal, network = results.where(data=NORMAL), results.where(data=NETWORK)
         smallest = SIZES[0]
-        at_least = [size for size in SIZES if size >= 8]
         return Findings(
             claims=(
                 near(
@@ -67,9 +64,13 @@ class SmallBatch(Experiment):
                     0.02,
                     "D over the formula's, mean over all batch sizes",
                 ),
-                near(
+                near_everywhere(
                     "From 8 values on, 3/(2B) is close enough.",
-                    mean_of(_ratios(normal, "D", lambda n: 1.5 / n, at_least)),
+                    {
+                        f"at B = {size}": mean_of(_ratios(normal, "D", lambda n: 1.5 / n, (size,)))
+                        for size in SIZES
+                        if size >= 8
+                    },
                     1.0,
                     0.05,
                     "D over 3/(2B)",
@@ -206,7 +207,7 @@ def _trained(images: Images, seed: int, budget: Budget) -> nn.Sequential:
 def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget) -> Values:
     """D of each layer against population statistics, and the bias of the gradient."""
     layers = [layer for layer in model if isinstance(layer, BatchNorm)]
-    most = min(len(images.train), budget.of(IMAGES, SIZES[-1]))
+    most = min(len(images.train), budget.of(POPULATION, SIZES[-1]))
     usable = most // SIZES[-1] * SIZES[-1]  # no size has a smaller last batch
     pixels, labels = images.train[:usable], images.train_labels[:usable]
     take_population(model, pixels)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from bnprobe import lab
-from bnprobe.lab.dropout import AFTER, BEFORE, _shift
-from bnprobe.lab.experiment import Results
+from bnprobe.lab.dropout import AFTER, BEFORE, RECALIBRATED, Dropout, _shift
+from bnprobe.lab.experiment import Budget, Results
 from bnprobe.lab.layers import BatchNorm
+from bnprobe.records import Trial
 
 
 def test_the_formula_is_the_variance_of_many_draws_of_dependent_inputs() -> None:
@@ -20,6 +21,21 @@ def test_the_formula_is_the_variance_of_many_draws_of_dependent_inputs() -> None
     measured, expected = _shift(model, norm, pixels, 0.4, 400)
     assert expected > 1.2
     assert measured == pytest.approx(expected, rel=0.01)
+
+
+def test_what_lagging_averages_gain_is_not_counted() -> None:
+    def gain(before: float, behind: float) -> str:
+        gains = {BEFORE: before, AFTER: behind}
+        trials = [
+            Trial({"place": place, "rate": 0.5}, seed, {"accuracy": 0.8, RECALIBRATED: 0.8 + gains[place] + noise}, 0.0)
+            for place in (BEFORE, AFTER)
+            for seed, noise in enumerate((0.0, 0.001, 0.002))
+        ]
+        return Dropout().conclude(Results(trials), Budget()).claims[-1].verdict
+
+    assert gain(0.05, 0.02) == "shown"
+    assert gain(0.05, 0.05) == "open"
+    assert gain(0.02, 0.05) == "refuted"
 
 
 def test_the_shift_is_before_batch_norm_and_grows_with_the_rate() -> None:

@@ -14,6 +14,7 @@ from bnprobe.lab.one_class import (
     MEANS,
     MIXED,
     ONE_CLASS,
+    RIDGE,
     SOURCE,
     OneClass,
     between_classes,
@@ -53,6 +54,17 @@ def test_probes_tell_classes_that_are_apart(probe: object) -> None:
     x = torch.eye(3, dtype=torch.float64)[labels] * 10 + torch.randn(90, 3, dtype=torch.float64, generator=draws())
     assert callable(probe)
     assert probe(x[:60], labels[:60], x[60:], 3).tolist() == labels[60:].tolist()
+
+
+def test_the_linear_probe_is_the_same_with_more_features_than_images() -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    labels = torch.randint(3, (40,), generator=draws())
+    for features in (10, 100):
+        x = torch.randn(40, features, dtype=torch.float64, generator=draws(1))
+        x -= x.mean(0)
+        y = torch.randn(200, features, dtype=torch.float64, generator=draws(2))
+        ridge = sklearn.Ridge(RIDGE * 40).fit(x, torch.nn.functional.one_hot(labels, 3).double())
+        assert linear(x, labels, y, 3).tolist() == ridge.predict(y).argmax(1).tolist()
 
 
 def test_the_share_between_classes() -> None:

@@ -10,6 +10,7 @@ from bnprobe import lab
 from bnprobe.lab import scratch
 from bnprobe.lab.experiment import Results
 from bnprobe.lab.layers import BatchNormByHand
+from bnprobe.records import Trial
 
 
 def test_the_layer_is_torchs_and_the_network_learns_sooner_with_it() -> None:
@@ -26,6 +27,17 @@ def test_the_layer_is_torchs_and_the_network_learns_sooner_with_it() -> None:
     assert ours == pytest.approx(torchs, rel=0.05)
     assert ours < 0.5 * none
     assert len(found.charts[0].series[0].x) == scratch.EPOCHS
+
+
+def test_steps_are_held_against_those_to_the_best_accuracy_without() -> None:
+    def arm(*accuracies: float) -> Results:
+        return Results([Trial({}, 0, {"accuracies": accuracies}, 0.0)])
+
+    none = arm(0.2, 0.5, 0.6, 0.9, 0.8)
+    assert scratch._shares(arm(0.3, 0.9, 0.9, 0.9, 0.9), none) == [0.5]
+    assert scratch._shares(none, none) == [1]
+    assert scratch._shares(arm(0.1, 0.1, 0.1, 0.1, 0.1), none) == [1.25]  # never
+    assert scratch._shares(arm(0.1), Results([])) == []
 
 
 class Biased(BatchNormByHand):
