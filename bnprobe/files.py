@@ -108,6 +108,16 @@ def require_folder(folder: Path, option: str = "--output-dir") -> None:
         raise OutputError(f"The folder {above} of {option} is not writable.")
 
 
+def append(path: Path, text: str) -> None:
+    """Write text at the end of a file.
+
+    Raises:
+        OutputError: It could not be written; a part of it may be there.
+    """
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def make_folder(folder: Path, option: str = "--output-dir") -> None:
     """Make a folder, and those above it, where there is none.
 
@@ -362,12 +372,13 @@ def _discard(folder: Path) -> None:
 
 
 @contextmanager
-def only_run(output: Path, others: Iterable[Path] = ()) -> Iterator[None]:
+def only_run(output: Path, others: Iterable[Path] = (), option: str = "-o") -> Iterator[None]:
     """Be the only run that writes to an output while the block runs, and remove what a killed one left half-written.
 
     Args:
         output: The file that the run is about.
         others: What else it writes beside it: files and folders.
+        option: What named the output, for messages.
 
     Raises:
         OutputError: Another process writes there; the message names it. A process that is gone is in nobody's way.
@@ -375,7 +386,7 @@ def only_run(output: Path, others: Iterable[Path] = ()) -> Iterator[None]:
     path = real(output)
     lock = path.with_name(f".{_cut(path.name, '.lock')}.lock")
     with _writing(lock):
-        file = _locked(lock, output)
+        file = _locked(lock, output, option)
     try:
         for each in (path, *map(real, others)):
             _sweep(each, ("new", "old"))
@@ -386,7 +397,7 @@ def only_run(output: Path, others: Iterable[Path] = ()) -> Iterator[None]:
         file.close()
 
 
-def _locked(lock: Path, output: Path) -> BinaryIO:
+def _locked(lock: Path, output: Path, option: str) -> BinaryIO:
     """The lock file, open and locked, with the name of this process in it."""
     while True:
         file = lock.open("a+b")
@@ -395,7 +406,7 @@ def _locked(lock: Path, output: Path) -> BinaryIO:
             holder = file.read(200).decode(errors="replace").strip()
             file.close()
             by = f": {holder}" if holder else ""
-            raise OutputError(f"Another run writes to {output}{by}. Wait for its end, or give another -o.")
+            raise OutputError(f"Another run writes to {output}{by}. Wait for its end, or give another {option}.")
         try:
             same = os.path.samestat(os.fstat(file.fileno()), lock.stat())
         except OSError:  # the run that held it has removed it between opening and locking

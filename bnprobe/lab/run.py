@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -18,16 +19,20 @@ import torch
 from bnprobe._version import __version__
 from bnprobe.analysis.description import environment
 from bnprobe.errors import UsageError
-from bnprobe.files import make_folder, write_whole
+from bnprobe.files import append, make_folder, only_run, write_whole
 from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values
 from bnprobe.lab.experiments import EXPERIMENTS, ExperimentRow
 from bnprobe.measure.restore import preserved_process, seed_everything
+from bnprobe.numbers import count
 from bnprobe.records import LabReport, Tool, Trial
 from bnprobe.registry import load_code
 from bnprobe.report.rows import require
 
 TRIALS = "trials.jsonl"
 """The file of a folder in which trials are kept: a line that says what is run, then one for each trial."""
+
+_LEAST = 256
+"""Images to train on: the largest batch of an experiment."""
 
 Progress = Callable[[int, int], None]
 """Called with the trials done and all."""
@@ -64,6 +69,7 @@ def run(
     Raises:
         UsageError: There is no such experiment, it does not take data, a value makes no sense, the folder holds trials
             of something else, or scikit-learn is not installed.
+        OutputError: The folder cannot be written, or another run writes to it.
 
     Example:
         >>> from bnprobe import lab
@@ -75,15 +81,14 @@ def run(
     settings = _checked(row, Budget(budget, seeds, data), jobs)
     experiment = _loaded(row)
     planned = list(product(range(seeds), experiment.conditions(settings)))  # all conditions of a seed, then the next
-    kept = _Kept(None if folder is None else Path(folder), row, settings, fresh)
-    left = [each for each in planned if _key(*each) not in kept.trials]
     show = progress or (lambda done, total: None)
-    show(len(planned) - len(left), len(planned))
-    kept.begin()
-    side_by_side = 1 if row.alone else jobs or _cores()
-    for number, trial in enumerate(_run(row, left, settings, side_by_side), start=1):
-        kept.add(trial)
-        show(len(planned) - len(left) + number, len(planned))
+    with _keeping(None if folder is None else Path(folder), row, settings, fresh) as kept:
+        left = [each for each in planned if _key(*each) not in kept.trials]
+        show(len(planned) - len(left), len(planned))
+        side_by_side = 1 if row.alone else jobs or _cores()
+        for number, trial in enumerate(_run(row, left, settings, side_by_side), start=1):
+            kept.add(trial)
+            show(len(planned) - len(left) + number, len(planned))
     trials = tuple(kept.trials[_key(*each)] for each in planned)
     found = experiment.conclude(Results(trials), settings)
     return LabReport(
@@ -118,7 +123,11 @@ def _checked(row: ExperimentRow, budget: Budget, jobs: int | None) -> Budget:
             raise UsageError(f"The experiment {row.name} makes its own data: leave --data out.")
         from bnprobe.lab.data import load
 
-        load(budget.data)  # so that what is wrong with it is said at once
+        images = len(load(budget.data).train)  # so that what is wrong with it is said at once
+        if images < _LEAST:
+            raise UsageError(
+                f"--data {budget.data} has {count(images, 'image')} to train on; at least {_LEAST} are needed."
+            )
     return budget
 
 
@@ -184,11 +193,24 @@ def _key(seed: int, condition: Mapping[str, Any]) -> str:
     return json.dumps([seed, dict(condition)], sort_keys=True)
 
 
+@contextmanager
+def _keeping(folder: Path | None, row: ExperimentRow, budget: Budget, fresh: bool) -> Iterator[_Kept]:
+    """The trials of a run, of which no other adds to the file meanwhile: its budget could be another."""
+    if folder is None:
+        yield _Kept(None, row, budget, fresh)
+        return
+    make_folder(folder, "--output-dir")
+    with only_run(folder / TRIALS, option="--output-dir"):
+        kept = _Kept(folder / TRIALS, row, budget, fresh)
+        kept.begin()
+        yield kept
+
+
 class _Kept:
     """The trials of a run, which its file keeps.
 
     Args:
-        folder: Where the file is; None: nothing is kept.
+        path: Of the file; None: nothing is kept.
         row, budget: What is run.
         fresh: Begin anew.
 
@@ -196,12 +218,13 @@ class _Kept:
         UsageError: The file is of another experiment, budget or version, or cannot be read.
     """
 
-    def __init__(self, folder: Path | None, row: ExperimentRow, budget: Budget, fresh: bool) -> None:
+    def __init__(self, path: Path | None, row: ExperimentRow, budget: Budget, fresh: bool) -> None:
         self.trials: dict[str, Trial] = {}
-        self._path = None if folder is None else folder / TRIALS
-        self._head = {"experiment": row.name, "version": __version__, "budget": budget.factor, "data": budget.data}
-        if self._path is not None and not fresh and self._path.exists():
-            self._read(self._path)
+        self._path = path
+        data = None if budget.data is None else str(Path(budget.data).resolve())
+        self._head = {"experiment": row.name, "version": __version__, "budget": budget.factor, "data": data}
+        if path is not None and not fresh and path.exists():
+            self._read(path)
 
     def _read(self, path: Path) -> None:
         try:
@@ -231,7 +254,6 @@ class _Kept:
             OutputError: It cannot be written.
         """
         if self._path is not None:
-            make_folder(self._path.parent, "--output-dir")
             lines = [self._head, *map(asdict, self.trials.values())]
             write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -239,8 +261,7 @@ class _Kept:
         """Keep a trial."""
         self.trials[_key(trial.seed, trial.condition)] = trial
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(asdict(trial))}\n")
+            append(self._path, f"{json.dumps(asdict(trial))}\n")
 
 
 def _read_trial(line: Mapping[str, Any]) -> Trial:

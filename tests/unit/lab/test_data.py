@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from bnprobe import lab
 from bnprobe.errors import UsageError
+from bnprobe.lab import data
 from bnprobe.lab.data import batches, load
 
 
@@ -46,6 +48,12 @@ def test_both_versions_of_cifar_are_read_alike(tmp_path: Path) -> None:
     assert torch.equal(binary.test_labels, pickled.test_labels)
 
 
+def test_no_more_images_are_held_out_than_memory_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "POPULATION", 15)
+    found = load(str(cifar(tmp_path / "cifar", binary=True)))
+    assert (len(found.train), len(found.test), len(found.test_labels)) == (40, 15, 15)
+
+
 def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> object:
@@ -58,7 +66,7 @@ def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_folder_of_images(tmp_path: Path) -> None:
+def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     for label in ("cats", "dogs"):
         (tmp_path / label).mkdir()
@@ -69,6 +77,12 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     found = load(str(tmp_path))
     assert found.train.shape == (12, 3, 32, 32)
     assert found.classes == 2
+    assert found.description.startswith(f"{tmp_path.name}: 12 images")
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("dogs/8.png")  # reading it would wait for ever
+    assert load(".").description == found.description
+    with pytest.raises(UsageError, match="has 12 images to train on; at least 256 are needed"):
+        lab.run("style", data=".")
     (tmp_path / "dogs" / "9.png").write_bytes(b"no image")
     load.cache_clear()
     with pytest.raises(UsageError, match=r"9\.png cannot be read"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,21 @@ import pytest
 import torch
 
 from bnprobe import lab
-from bnprobe.errors import UsageError
-from bnprobe.lab.experiment import Budget, Experiment, Findings, Results, above, below, formula, mean_of, near, within
+from bnprobe.errors import OutputError, UsageError
+from bnprobe.files import append
+from bnprobe.lab.experiment import (
+    Budget,
+    Experiment,
+    Findings,
+    Results,
+    above,
+    below,
+    formula,
+    mean_of,
+    near,
+    near_everywhere,
+    within,
+)
 from bnprobe.lab.run import TRIALS
 from bnprobe.records import Estimate, LabChart, LabReport, Trial
 from bnprobe.registry import load_code
@@ -107,6 +122,34 @@ def test_trials_of_another_budget_are_refused(tmp_path: Path) -> None:
         rolled(tmp_path, budget=2.0)
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """The trials of one would be kept as those of the budget of the other."""
+    rolled(tmp_path)
+    before = (tmp_path / TRIALS).read_text()
+    holds = (
+        "import pathlib, sys; from bnprobe.files import only_run\n"
+        "with only_run(pathlib.Path(sys.argv[1])): print('holds', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holds, str(tmp_path / TRIALS)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holds\n"
+        with pytest.raises(OutputError, match=r"Another run writes to .*, or give another --output-dir"):
+            rolled(tmp_path, budget=2.0, fresh=True)
+    assert (tmp_path / TRIALS).read_text() == before
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("the system has no /dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["bnprobe.lab.run"], "append", lambda path, text: append(full, text))
+        with pytest.raises(OutputError, match="could not be written: No space left"):
+            rolled(tmp_path)
+    assert len(rolled(tmp_path).trials) == 6
+
+
 @pytest.mark.parametrize("text", ["", "nothing\n", '{"experiment": "rates"}\n'])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / TRIALS).write_text(text)
@@ -187,6 +230,19 @@ def test_equivalence_needs_the_whole_interval(interval: tuple[float, float] | No
     assert near("It is one.", found, 1.0, 0.1).verdict == verdict
 
 
+def test_equivalence_everywhere_is_decided_where_it_is_worst() -> None:
+    good, wide, bad = Estimate(1.0, (0.98, 1.02)), Estimate(1.0, (0.5, 1.5)), Estimate(1.2, (1.15, 1.25))
+
+    def verdict(**found: Estimate | None) -> tuple[str, str]:
+        claim = near_everywhere("It is one.", found, 1.0, 0.1, "Figure at")
+        return claim.verdict, claim.evidence.partition(",")[0]
+
+    assert verdict(a=good, b=Estimate(1.0, (0.95, 1.0))) == ("shown", "Figure at b")
+    assert verdict(a=good, b=wide) == ("open", "Figure at b")
+    assert verdict(a=good, b=wide, c=bad) == ("refuted", "Figure at c")
+    assert verdict(a=good, b=None) == ("open", "Figure at b")
+
+
 def test_exactness() -> None:
     assert [within("Exact.", found, 1e-6, "Error").verdict for found in (1e-7, 1e-3, None)] == [
         "shown",
@@ -200,6 +256,12 @@ def test_an_interval_is_students_and_differences_are_paired_by_seed() -> None:
     results = Results(trials)
     difference = results.where(arm=2).less("x", results.where(arm=1))
     assert difference == Estimate(1.0, (1.0, 1.0))
+    ratio = results.where(arm=2).over("x", results.where(arm=1))
+    assert ratio is not None
+    assert ratio.mean == pytest.approx((2 / 1 + 12 / 11 + 22 / 21 + 32 / 31) / 4)
+    same = results.where(arm=1)
+    assert same.less("x", same, "none") is None
+    assert mean_of([1e9, 1e9 + 1e-6]).interval != (1e9, 1e9)
     spread = mean_of([1.0, 2.0, 3.0])
     assert spread is not None
     assert spread.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
