@@ -184,7 +184,7 @@ def _read_pickled(path: Path) -> tuple[Any, Any]:
 
 
 def batches(
-    images: Tensor, labels: Tensor, size: int, steps: int, generator: torch.Generator, by_class: bool = False
+    images: Tensor, labels: Tensor, size: int, steps: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """So many batches for training, of one epoch after the other, each in a new order.
 
@@ -193,16 +193,10 @@ def batches(
         size: Images in a batch.
         steps: Batches.
         generator: Draws the orders.
-        by_class: An epoch is sorted by class, and classes follow each other in random order: a batch holds one class,
-            or two.
     """
     left = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(left) < size:
-            order = torch.randperm(len(labels), generator=generator)
-            if by_class:
-                classes = torch.randperm(int(labels.max()) + 1, generator=generator)
-                order = order[torch.argsort(classes[labels[order]], stable=True)]
-            left = torch.cat([left, order])
+            left = torch.cat([left, torch.randperm(len(labels), generator=generator)])
         chosen, left = left[:size], left[size:]
         yield images[chosen], labels[chosen]

@@ -116,6 +116,10 @@ class Results:
         """The mean of a figure over seeds with its 95% t interval; None: no trial has it."""
         return mean_of(self.values(name))
 
+    def largest(self, name: str) -> float | None:
+        """The largest of a figure, of all seeds; None: no trial has it."""
+        return max(self.values(name), default=None)
+
     def averaged(self, name: str) -> Estimate | None:
         """The same of the mean over all conditions of a seed."""
         found: dict[int, list[float]] = {}

@@ -133,7 +133,6 @@ class OneClass(Experiment):
         one = {state: results.where(layer=state, batches=ONE_CLASS) for state in STATES}
         batch = one[BATCH_STATISTICS]
         means, positions = _name(3, MEANS, "linear"), _name(3, POSITIONS, "linear")
-        erased = batch.values("between classes")
 
         def more(text: str, name: str, here: Results, there: Results) -> Claim:
             what = "Difference of accuracy" if name == "accuracy" else "Difference in bits"
@@ -144,7 +143,7 @@ class OneClass(Experiment):
                 within(
                     "In batches of one class, batch norm in train mode erases the class from the means of channels"
                     " exactly.",
-                    max(erased) if erased else None,
+                    batch.largest("between classes"),
                     1e-6,
                     "Share of the variance of channel means that is between classes, at most in any layer",
                 ),

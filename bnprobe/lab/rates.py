@@ -11,7 +11,6 @@ as in the paper's figure 4.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -90,7 +89,6 @@ class Rates(Experiment):
         thirty = min(RATES, key=lambda rate: abs(math.log(rate / best / TIMES)))
         smooth, rough = (smoothness.where(normalization=name) for name in (NORM, NONE))
         steps = _measured(budget)
-        worst = functools.partial(_worst, scale)
         return Findings(
             claims=(
                 above(
@@ -100,44 +98,44 @@ class Rates(Experiment):
                 ),
                 above(
                     f"With batch norm and {TIMES} times the rate that is best without, the network is more accurate"
-                    " than without at that rate (section 4.2.1 of the paper).",
+                    " than without at that rate (section 4.2.2 of the paper).",
                     norm.where(rate=thirty).less("accuracy", none.where(rate=best)),
                     what=f"Held-out accuracy at {thirty:g} less that without at {best:g}",
                 ),
                 within(
                     "Multiplying the weights before a batch norm by a number does not change the loss (eps = 0).",
-                    worst("change of the loss, eps = 0"),
+                    scale.largest("change of the loss, eps = 0"),
                     EXACT,
                     f"Largest relative change, for factors from {FACTORS[0]:g} to {FACTORS[-1]:g}",
                 ),
                 within(
                     "Weights c times as large have a gradient 1/c as large (eps = 0).",
-                    worst("deviation of the gradient, eps = 0"),
+                    scale.largest("deviation of the gradient, eps = 0"),
                     EXACT,
                     "Largest relative deviation",
                 ),
                 within(
                     "The gradient of a filter is orthogonal to it (eps = 0).",
-                    worst("cosine, eps = 0"),
+                    scale.largest("cosine, eps = 0"),
                     EXACT,
                     "Largest cosine between a filter and its gradient",
                 ),
                 within(
                     "So plain SGD only lengthens weights: their squared length grows by the squares of its steps"
                     " (eps = 0).",
-                    worst("deviation of the growth"),
+                    scale.largest("deviation of the growth"),
                     EXACT,
                     "Largest relative deviation from the sum of squares",
                 ),
                 within(
                     "With eps, multiplying weights by c is the same as dividing eps by its square.",
-                    worst("deviation from another eps"),
+                    scale.largest("deviation from another eps"),
                     EXACT,
                     "Largest relative difference of the losses",
                 ),
                 within(
                     "The bias of a convolution before a batch norm has no effect in training.",
-                    worst("effect of the bias"),
+                    scale.largest("effect of the bias"),
                     EXACT,
                     "Largest of the relative change of the loss, where every bias is moved by 10 or so, and of the"
                     " bias' gradient over that of batch norm's",
@@ -407,17 +405,13 @@ def _effect_of_bias(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     return max(abs(there.item() - loss) / loss, float(by_bias.norm() / by_shift.norm()))
 
 
-def _worst(results: Results, name: str) -> float | None:
-    return max(results.values(name), default=None)
-
-
 def _notes(scale: Results) -> Iterable[str]:
     yield (
         "In training alone: at inference the running averages normalize, which do not follow weights and biases that"
         " are changed by hand."
     )
     curve = scale.along("change of the loss with eps", FACTORS, "").y
-    cosine = _worst(scale, "cosine with eps")
+    cosine = scale.largest("cosine with eps")
     small, large = curve[FACTORS.index(0.1)], curve[FACTORS.index(10.0)]
     if small is not None and large is not None and cosine is not None:
         yield (

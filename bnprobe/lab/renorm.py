@@ -3,7 +3,7 @@
 As there (section 4), a step is taken by several workers: each normalizes its own batch, and the gradient is the mean
 over all. So whatever the size of the batches, every arm takes the same steps over the same images with the same
 learning rate. All that differs is which images a layer takes its statistics from: in i.i.d. batches the images of a
-step are divided as they come, in sorted ones by class, so that a batch holds one class or two. (The batches of the
+step are divided as they come, in sorted ones by class, so that a batch holds few classes. (The batches of the
 paper's section 4.3 held two images of each of 16 classes out of 1000.)
 """
 

@@ -105,7 +105,7 @@ def run(
         claims=found.claims,
         charts=found.charts,
         tables=found.tables,
-        notes=found.notes,
+        notes=(*_small(budget), *found.notes),
         trials=trials,
     )
 
@@ -134,6 +134,14 @@ def _checked(row: ExperimentRow, budget: Budget, jobs: int | None) -> Budget:
 def _loaded(row: ExperimentRow) -> Experiment:
     found: Experiment = load_code(row.code, f"The experiment {row.name}", UsageError)
     return found
+
+
+def _small(budget: float) -> Iterator[str]:
+    if budget < 1:
+        yield (
+            f"The budget is {budget:g} of the default: with fewer steps and samples networks may have learned little,"
+            " and claims are of them as they are."
+        )
 
 
 def _described(row: ExperimentRow, budget: Budget) -> str:

@@ -281,7 +281,7 @@ def _exact(layer: Results) -> Iterator[Claim]:
     values = math.prod(SHAPE) // SHAPE[1]
     for precision, dtype in PRECISIONS.items():
         for kind, names in CHECKED.items():
-            worst = [_worst(layer.where(precision=precision), name) for name in names]
+            worst = [layer.where(precision=precision).largest(name) for name in names]
             yield within(
                 f"{kind} are those of torch's BatchNorm2d to rounding, in {precision}.",
                 max((each for each in worst if each is not None), default=None),
@@ -294,14 +294,10 @@ def _agreement(steps: Results, precision: str) -> Claim:
     return within(
         f"From the same seed, training with this layer takes the path of torch's: in the first {FIRST} steps the"
         f" losses agree in at least half of the digits of {precision}.",
-        _worst(steps.where(precision=precision), "first steps"),
+        steps.where(precision=precision).largest("first steps"),
         math.sqrt(torch.finfo(PRECISIONS[precision]).eps),
         "Largest relative difference of losses, of all seeds",
     )
-
-
-def _worst(results: Results, name: str) -> float | None:
-    return max(results.values(name), default=None)
 
 
 def _shares(ours: Results, none: Results) -> list[float]:
@@ -332,7 +328,7 @@ def _deviations(layer: Results) -> LabTable:
         "Largest relative deviation from torch's BatchNorm2d",
         ("figure", *PRECISIONS),
         tuple(
-            (name, *(shown(_worst(layer.where(precision=precision), name)) for precision in PRECISIONS))
+            (name, *(shown(layer.where(precision=precision).largest(name)) for precision in PRECISIONS))
             for name in names
         ),
         ("Over the largest magnitude of the figure; of all seeds.",),

@@ -127,7 +127,11 @@ class SmallBatch(Experiment):
                             for layer in (1, 2, 3)
                         ),
                     ),
-                    ("A layer of the network sees many values of each image, so its D is smaller at the same batch.",),
+                    (
+                        "A layer of the network takes its statistics over all positions of the images of a batch.",
+                        "Its batches are drawn without replacement from the N images of the population, by which D of"
+                        " B images is smaller by the factor 1 - B/N.",
+                    ),
                 ),
                 LabChart(
                     "variance",

@@ -109,6 +109,11 @@ def test_more_seeds_use_the_trials_that_are_there(tmp_path: Path) -> None:
     assert [seed for seed, _ in Dice.ran] == [2, 2]
 
 
+def test_a_small_budget_is_said_to_be_one() -> None:
+    assert rolled().notes == ()
+    assert "budget is 0.5 of the default" in rolled(budget=0.5).notes[0]
+
+
 def test_fresh_begins_anew(tmp_path: Path) -> None:
     rolled(tmp_path)
     Dice.ran = []
