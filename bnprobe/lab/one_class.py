@@ -73,6 +73,7 @@ IN_TRAIN_MODE = (BATCH_STATISTICS, RENORM)
 """To the others it is all the same which images are in a batch; layer norm has one mode."""
 
 MEANS, POSITIONS = "channel means", "all positions"
+GRID = 8
 NEIGHBOURS = 5
 RIDGE = 0.01
 
@@ -264,6 +265,8 @@ class OneClass(Experiment):
                 " neighbours. Bits are the mutual information of prediction and class, less the first-order bias of"
                 " counts: a lower bound on what activations tell. (Without a wrong prediction the correction puts it a"
                 " hundredth of a bit above the entropy of the classes.)",
+                f"Where activations have more than {GRID} x {GRID} positions, means over the parts of such a grid stand"
+                " for all.",
                 "Recalibrated statistics are those of all target images that probes learn from, taken together.",
                 SCHEDULE,
             ),
@@ -338,9 +341,15 @@ def _told(learned: Looked, held: Looked, classes: int) -> dict[str, float]:
     return {**found, "between classes": max(shares)}
 
 
+def _positions(activations: Tensor) -> Tensor:
+    """Every position as a feature, or every part of a grid of means: probes of all of a large image take hours."""
+    sides = [min(side, GRID) for side in activations.shape[2:]]
+    return F.adaptive_avg_pool2d(activations, sides).flatten(1)
+
+
 _READINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
     MEANS: lambda activations: activations.mean((2, 3)),
-    POSITIONS: lambda activations: activations.flatten(1),
+    POSITIONS: _positions,
 }
 
 

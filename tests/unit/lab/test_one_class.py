@@ -17,6 +17,7 @@ from bnprobe.lab.one_class import (
     RIDGE,
     SOURCE,
     OneClass,
+    _positions,
     between_classes,
     bits,
     linear,
@@ -65,6 +66,13 @@ def test_the_linear_probe_is_the_same_with_more_features_than_images() -> None:
         y = torch.randn(200, features, dtype=torch.float64, generator=draws(2))
         ridge = sklearn.Ridge(RIDGE * 40).fit(x, torch.nn.functional.one_hot(labels, 3).double())
         assert linear(x, labels, y, 3).tolist() == ridge.predict(y).argmax(1).tolist()
+
+
+def test_positions_of_large_images_are_means_of_parts() -> None:
+    small, large = (torch.randn(3, 4, side, side, generator=draws()) for side in (8, 32))
+    assert torch.equal(_positions(small), small.flatten(1))
+    expected = large.unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))
+    torch.testing.assert_close(_positions(large), expected.flatten(1))
 
 
 def test_the_share_between_classes() -> None:
