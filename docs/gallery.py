@@ -30,9 +30,9 @@ bnprobe lab renorm       # up to ten minutes on two cores; --budget 0.1 for a lo
 
 `bnprobe-lab/renorm/` then holds `index.html`, a page with all charts, and the same figures as `results.json` and
 `RESULTS.md`. Trials are kept as they are done: after Ctrl-C the same command goes on. `--data` takes a folder of
-images, one folder in it for each class, or one with the files of CIFAR-10; `--seeds` and `--budget` say how much is
-run. The layers that are trained are in `bnprobe/lab/layers.py`, written from their equations to be read, and tested
-against torch's.
+images, one folder in it for each class, or one with the files of CIFAR-10, which take about ten times as long;
+`--seeds` and `--budget` say how much is run. The layers that are trained are in `bnprobe/lab/layers.py`, written from
+their equations to be read, and tested against torch's.
 """
 
 

@@ -26,7 +26,10 @@ def lab(
     budget: Annotated[
         float,
         options.option(
-            options.RUN, "--budget", "Amount of work: 0.1 for a look, 1 takes two cores ten minutes at most.", "X"
+            options.RUN,
+            "--budget",
+            "Amount of work: 0.1 for a look; 1 takes two cores ten minutes at most, with the digits.",
+            "X",
         ),
     ] = 1.0,
     seeds: Annotated[int, options.option(options.RUN, "--seeds", "Trials of each condition.", "N")] = 5,
@@ -41,7 +44,8 @@ def lab(
         options.option(
             options.DATA,
             "--data",
-            "A folder of images, one folder for each class, or of CIFAR-10's files (default: scikit-learn's digits).",
+            "A folder of images, one folder for each class, or of CIFAR-10's files, which take ten times as long"
+            " (default: scikit-learn's digits).",
             "DIR",
         ),
     ] = None,

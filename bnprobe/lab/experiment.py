@@ -24,7 +24,7 @@ class Budget:
     """How much work a run may be.
 
     Attributes:
-        factor: A multiple of the default, which takes two cores ten minutes at most.
+        factor: A multiple of the default, which takes two cores ten minutes at most, with the digits.
         seeds: Trials of each condition.
         data: What ``--data`` names; None: the digits of scikit-learn.
     """
