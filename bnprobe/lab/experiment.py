@@ -276,7 +276,7 @@ def near_everywhere(
         return max(expected - low, high - expected)
 
     claims = [
-        near(text, found[where], expected, tolerance, f"{what} {where}, which decides of {len(found)}")
+        near(text, found[where], expected, tolerance, f"{what} {where}, which of {len(found)} decides")
         for where in sorted(found, key=reach, reverse=True)
     ]
     return min(claims, key=lambda claim: ("refuted", "open", "shown").index(claim.verdict))

@@ -211,7 +211,7 @@ def _trained(images: Images, seed: int, budget: Budget) -> nn.Sequential:
 def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget) -> Values:
     """D of each layer against population statistics, and the bias of the gradient."""
     layers = [layer for layer in model if isinstance(layer, BatchNorm)]
-    most = min(len(images.train), budget.of(POPULATION, SIZES[-1]))
+    most = min(len(images.train), budget.of(POPULATION, 2 * SIZES[-1]))
     usable = most // SIZES[-1] * SIZES[-1]  # no size has a smaller last batch
     pixels, labels = images.train[:usable], images.train_labels[:usable]
     take_population(model, pixels)

@@ -102,3 +102,21 @@ def test_the_reach_is_that_of_the_highest_rate_at_which_each_seed_learns() -> No
 
     assert rates._reach(sweep(3.0, 1.0), sweep(0.3, 0.1)) == pytest.approx([1.0, 1.0])
     assert rates._reach(sweep(3.0, 1.0), sweep(0.3, 0.001)) == pytest.approx([math.log10(10)])
+
+
+def test_thirty_times_a_rate_that_the_sweep_does_not_hold_decides_nothing() -> None:
+    def verdict(best: float) -> str:
+        accuracies = {
+            (name, rate): 0.9 if name == rates.NORM else 0.5 + 0.1 * (rate == best)
+            for name in (rates.NORM, rates.NONE)
+            for rate in rates.RATES
+        }
+        trials = [
+            Trial({"part": rates.SWEEP, "rate": rate, "normalization": name}, seed, {"accuracy": found}, 0.0)
+            for (name, rate), found in accuracies.items()
+            for seed in range(2)
+        ]
+        return rates.Rates().conclude(Results(trials), Budget()).claims[1].verdict
+
+    assert verdict(0.1) == "shown"
+    assert verdict(10.0) == "open"
