@@ -168,7 +168,8 @@ class OneClass(Experiment):
                     "Difference of shares",
                 ),
                 below(
-                    "With statistics of the source the probe sees the image and not its company.",
+                    "With statistics of the source a probe takes a stranger for itself more often than for its"
+                    " company.",
                     one[SOURCE].less("taken for its company", one[SOURCE], "taken for itself"),
                     0.0,
                     "Difference of shares",

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
@@ -70,6 +71,7 @@ def run(
         UsageError: There is no such experiment, it does not take data, a value makes no sense, the folder holds trials
             of something else, or scikit-learn is not installed.
         OutputError: The folder cannot be written, or another run writes to it.
+        MemoryError: A process that ran trials was ended by the system.
 
     Example:
         >>> from bnprobe import lab
@@ -170,7 +172,13 @@ def _run(row: ExperimentRow, left: Sequence[tuple[int, Condition]], budget: Budg
     with warnings.catch_warnings():
         # Workers whose memory has grown are replaced; joblib warns of that.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-        yield from Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(calls)
+        try:
+            yield from Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(calls)
+        except BrokenProcessPool:
+            raise MemoryError(
+                "A process that ran trials was ended by the system; the same command goes on, and needs less with fewer"
+                " --jobs."
+            ) from None
 
 
 def _trial(row: ExperimentRow, seed: int, condition: Condition, budget: Budget) -> Trial:

@@ -101,7 +101,7 @@ class Scratch(Experiment):
                     ours.less("accuracy", none),
                 ),
                 above(
-                    "Batch norm keeps gradients from vanishing on their way to the first layer.",
+                    "With batch norm gradients vanish less on their way to the first layer.",
                     ours.less("gradient ratio at the start", none),
                     what="Gradient of the first convolution over that of the last, in the first epoch, less that"
                     " without",

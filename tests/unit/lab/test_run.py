@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -40,6 +42,10 @@ from bnprobe.report.html import picture_of_lab
 ROW = lab.ExperimentRow("dice", "Dice", "Are dice fair?", (), f"{__name__}:Dice", takes_data=False)
 
 
+KILLED = 0.125
+"""A budget with which the system ends the processes of a seed."""
+
+
 class Dice(Experiment):
     """Draws that depend on torch's seed; counts its trials, and can fail at one of them."""
 
@@ -52,6 +58,8 @@ class Dice(Experiment):
     def trial(self, condition: Mapping[str, int], seed: int, budget: Budget) -> Mapping[str, float]:
         if len(Dice.ran) == Dice.fails_at:
             raise KeyboardInterrupt
+        if budget.factor == KILLED and seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         Dice.ran.append((seed, condition["sides"]))
         return {"mean": torch.randint(condition["sides"], (budget.of(100),)).float().mean().item(), "none": math.nan}
 
@@ -187,6 +195,12 @@ def test_an_unknown_experiment_names_the_nearest() -> None:
 def test_several_processes_give_the_same() -> None:
     one, two = (lab.run("small-batch", budget=0.01, seeds=2, jobs=jobs) for jobs in (1, 2))
     assert values(one) == values(two)
+
+
+def test_a_process_that_the_system_ends_is_said_to_have_ended(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError, match="was ended by the system; the same command goes on"):
+        rolled(tmp_path, budget=KILLED, jobs=2)
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 def test_results_are_read_back_and_rendered(tmp_path: Path) -> None:
