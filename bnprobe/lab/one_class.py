@@ -344,8 +344,8 @@ def _told(learned: Looked, held: Looked, classes: int) -> dict[str, float]:
 
 def _positions(activations: Tensor) -> Tensor:
     """Every position as a feature, or every part of a grid of means: probes of all of a large image take hours."""
-    sides = [min(side, GRID) for side in activations.shape[2:]]
-    return F.adaptive_avg_pool2d(activations, sides).flatten(1)
+    height, width = activations.shape[2:]
+    return F.adaptive_avg_pool2d(activations, (min(height, GRID), min(width, GRID))).flatten(1)
 
 
 _READINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
