@@ -41,9 +41,14 @@ def found(name: str) -> LabReport:
     return LabReport.load(FOLDER / name / "results.json")
 
 
+def names() -> list[str]:
+    """The experiments whose results are kept here."""
+    return [name for name in EXPERIMENTS.names() if (FOLDER / name / "results.json").is_file()]
+
+
 def pages() -> dict[Path, str]:
     """Every page of results, and the gallery, by its path."""
-    reports = [found(name) for name in EXPERIMENTS.names()]
+    reports = [found(name) for name in names()]
     texts = {FOLDER / each.experiment / "RESULTS.md": render(each, "markdown") for each in reports}
     return {**texts, FOLDER / "README.md": "\n".join([INTRODUCTION, *map(_entry, reports)])}
 

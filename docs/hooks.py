@@ -26,6 +26,7 @@ from bnprobe.rules import RULES
 from bnprobe.rules.docs import pages as rule_pages
 
 REPOSITORY = Path(__file__).parents[1]
+LAB = REPOSITORY / "docs" / "lab"
 SCHEMAS = REPOSITORY / "bnprobe" / "report"
 BENCHMARKS = (
     "README.md",
@@ -43,7 +44,9 @@ BENCHMARKS = (
 def on_config(config: Any) -> Any:
     """Add the pages of rules and decisions to the navigation."""
     decisions = sorted(path.name for path in (REPOSITORY / "docs" / "decisions").glob("0*.md"))
-    _expand(config.nav, "Experiments", [f"lab/{name}/RESULTS.md" for name in EXPERIMENTS.names()])
+    _expand(
+        config.nav, "Experiments", [f"lab/{name}/RESULTS.md" for name in EXPERIMENTS.names() if (LAB / name).is_dir()]
+    )
     _expand(config.nav, "Rules", [f"rules/{rule.code}.md" for rule in RULES])
     _expand(config.nav, "Decisions", [f"decisions/{name}" for name in decisions])
     return config
