@@ -17,6 +17,7 @@ the last batch norm, where it disturbs none.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,7 @@ class Dropout(Experiment):
                     "linear",
                     (
                         before.series("variance shift", "rate", BEFORE),
-                        before.series("variance shift by the formula", "rate", "formula"),
+                        replace(before.series("variance shift by the formula", "rate", "formula"), theory=True),
                         after.series("variance shift", "rate", AFTER),
                     ),
                     (

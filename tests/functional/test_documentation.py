@@ -136,7 +136,7 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(compile(text.replace('device="cuda"', 'device="cpu"'), "python.md", "exec"), names)
     assert names["report"].scan.batches == 32
     assert names["monitor"].samples > 0
-    assert len(names["log"].findings) == 4
+    assert len(names["log"].findings) == 3
     assert (tmp_path / "page.html").is_file()
     assert [batch.name for batch in names["effects"].batches if batch.off] == ["P2", "P4"]
     assert "running_mean" in "".join(names["model"].state_dict())

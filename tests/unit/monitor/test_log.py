@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_a_log_and_what_was_saved_of_it_are_loaded(tmp_path: Path) -> None:
 
 def _fills_the_disk(folder: Path) -> None:
     """As on a full disk: files cannot grow beyond so many bytes, in the middle of a line."""
+    sys.dont_write_bytecode = True  # that of modules would be cut off, too, and stay so
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     model = _net()
     with warnings.catch_warnings(record=True) as caught, bnprobe.Monitor(model, every=2, log=folder) as monitor:
