@@ -125,7 +125,7 @@ def now_changed(changes: Sequence[MonitorChange]) -> dict[str, str]:
 
 def _header(log: MonitorLog, page: Page) -> list[Text]:
     if not log.version:
-        return page.paragraph(f"{log.path} is empty: the run has not begun.")
+        return page.verdict(UNMEASURED, f"{log.path} is empty: the run has not begun.")
     return [*page.heading(title(log)), *page.labelled(what_was_watched(log))]
 
 

@@ -148,7 +148,7 @@ def test_what_is_no_log(workspace: Workspace) -> None:
         workspace.write("other", text)
         assert said("other") == 'other is no log of a monitor: its first line is none with "event": "start".'
     workspace.write("new.jsonl", "")
-    assert workspace.run("watch", "new.jsonl").stdout == "new.jsonl is empty: the run has not begun.\n"
+    assert workspace.run("watch", "new.jsonl").stdout == "– new.jsonl is empty: the run has not begun.\n"
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -63,7 +63,7 @@ def test_all_layers_are_shown_where_it_is_asked_for() -> None:
 
 
 def test_before_there_is_much() -> None:
-    assert _lines(MonitorLog("log")) == ["log is empty: the run has not begun."]
+    assert _lines(MonitorLog("log")) == ["– log is empty: the run has not begun."]
     begun = _lines(MonitorLog("log", "0.1.0", "Net", 100, step=300))
     assert "sampled  every 100 steps; none yet, resumed at step 300" in begun
     assert begun[-1] == "✓ Nothing was found so far."
