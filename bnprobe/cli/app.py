@@ -90,6 +90,11 @@ class _Commands(typer.core.TyperGroup):
             raise RuntimeError("the end of a file came too early") from error
 
 
+def _flowing(text: str) -> str:
+    """Paragraphs of one line each, whose breaks are the terminal's."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 app = typer.Typer(
     name="bnprobe",
     cls=_Commands,
@@ -118,7 +123,7 @@ for _each in (
     config,
     init,
 ):
-    app.command(cls=SweepCommand if _each is sweep else Command, help=docstring(_each))(_each)
+    app.command(cls=SweepCommand if _each is sweep else Command, help=_flowing(docstring(_each)))(_each)
 
 
 @functools.cache

@@ -49,7 +49,6 @@ def complete_help(command: Any) -> None:
 
     The registries are read once it is known which command runs, and not when bnprobe is imported.
     """
-    command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     options = {parameter.name: parameter for parameter in command.params}
     if "format_" in options:
         from bnprobe.report import formats_of

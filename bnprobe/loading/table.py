@@ -613,6 +613,7 @@ class _Annotated(Sheet):
 
 def _of_objects(frame: Any) -> Any:
     """A frame whose text is Python's: text of Arrow, which pandas 3 reads, is nothing that every AnnData writes."""
+    from pandas import Categorical, Index
     from pandas.api.types import is_string_dtype
 
     made = frame.set_axis(frame.index.astype(object))
@@ -622,8 +623,9 @@ def _of_objects(frame: Any) -> Any:
             categories = column.cat.categories
             if is_string_dtype(categories.dtype):
                 made[name] = column.cat.rename_categories(categories.astype(object))
-        elif is_string_dtype(column.dtype):
-            made[name] = column.astype(object)
+        elif is_string_dtype(column.dtype):  # which AnnData makes categories of
+            text = column.astype(object)
+            made[name] = Categorical(text, categories=Index(text.dropna().unique(), dtype=object))
     return made
 
 

@@ -241,7 +241,8 @@ def test_anndata(workspace: Workspace) -> None:
     anndata = pytest.importorskip("anndata")
     made = frame()
     names = [f"IL{number}" for number in range(12)]
-    obs = made[["plate", "dose"]].assign(plate=made["plate"].astype(object))
+    plates = pd.Index(sorted(made["plate"].unique()), dtype=object)  # of Arrow, not every AnnData writes them
+    obs = made[["plate", "dose"]].assign(plate=pd.Categorical(made["plate"].astype(object), categories=plates))
     var = pd.DataFrame(index=pd.Index(names, dtype=object))
     data = anndata.AnnData(made[names].to_numpy(), obs.set_axis(obs.index.map(str).astype(object)), var)
     data.write_h5ad(workspace.folder / "data.h5ad")
