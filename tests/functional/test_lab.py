@@ -61,6 +61,7 @@ def test_the_gallery_is_what_the_results_say() -> None:
     gallery = importlib.util.module_from_spec(spec)
     sys.modules["gallery"] = gallery
     spec.loader.exec_module(gallery)
+    assert gallery.names() == list(EXPERIMENTS.names())
     for path, text in gallery.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"python docs/gallery.py rewrites {path}"
         for picture in path.parent.glob("*.svg"):
