@@ -34,7 +34,10 @@ def lab(
     ] = 1.0,
     seeds: Annotated[int, options.option(options.RUN, "--seeds", "Trials of each condition.", "N")] = 5,
     jobs: Annotated[
-        int | None, options.option(options.RUN, "--jobs", "Trials side by side (default: one for each core).", "N")
+        int | None,
+        options.option(
+            options.RUN, "--jobs", "Trials side by side (default: one for each core; one where times are taken).", "N"
+        ),
     ] = None,
     fresh: Annotated[
         bool, options.option(options.RUN, "--fresh", "Begin anew: do not go on with the trials in the folder.")

@@ -279,6 +279,24 @@ def near_everywhere(
         near(text, found[where], expected, tolerance, f"{what} {where}, which of {len(found)} decides")
         for where in sorted(found, key=reach, reverse=True)
     ]
+    return _worst_of(claims)
+
+
+def below_everywhere(text: str, found: Mapping[str, Estimate | None], limit: float, what: str) -> Claim:
+    """A claim that each of several figures is below a limit: as `below`, decided by the figure that is worst.
+
+    Args:
+        text: The claim.
+        found: The figures, by where they were taken.
+        limit, what: As of `below`.
+    """
+    farthest = sorted(found, key=lambda where: _ends(found[where])[1], reverse=True)
+    return _worst_of(
+        [below(text, found[where], limit, f"{what} {where}, which of {len(found)} decides") for where in farthest]
+    )
+
+
+def _worst_of(claims: Sequence[Claim]) -> Claim:
     return min(claims, key=lambda claim: ("refuted", "open", "shown").index(claim.verdict))
 
 

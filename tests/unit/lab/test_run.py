@@ -27,6 +27,7 @@ from bnprobe.lab.experiment import (
     Results,
     above,
     below,
+    below_everywhere,
     formula,
     mean_of,
     near,
@@ -260,6 +261,16 @@ def test_equivalence_everywhere_is_decided_where_it_is_worst() -> None:
     assert verdict(a=good, b=wide) == ("open", "Figure at b")
     assert verdict(a=good, b=wide, c=bad) == ("refuted", "Figure at c")
     assert verdict(a=good, b=None) == ("open", "Figure at b")
+
+
+def test_what_holds_everywhere_is_decided_by_the_worst_and_not_by_the_largest_mean() -> None:
+    sure, wide, beyond = Estimate(1.04, (1.03, 1.045)), Estimate(1.0, (0.9, 1.1)), Estimate(1.2, (1.1, 1.3))
+    claims = [
+        below_everywhere("It is below.", found, 1.05, "D")
+        for found in ({"here": sure}, {"here": sure, "there": wide}, {"here": wide, "there": beyond}, {"here": None})
+    ]
+    assert [claim.verdict for claim in claims] == ["shown", "open", "refuted", "open"]
+    assert "D there, which of 2 decides: 1.00" in claims[1].evidence
 
 
 def test_exactness() -> None:
