@@ -12,6 +12,7 @@ from bnprobe.errors import UsageError
 from bnprobe.monitor.inputs import INPUTS
 from bnprobe.monitor.sampling import Inputs, call_model
 from bnprobe.nn.limits import RenormSchedule
+from bnprobe.records import RECALIBRATE
 from bnprobe.repairs import convert
 from bnprobe.repairs.recalibration import recalibrate
 from bnprobe.repairs.surgery import replace_everywhere
@@ -19,7 +20,7 @@ from bnprobe.repairs.surgery import replace_everywhere
 TARGETS = {"freeze": "frozen", "renorm": "batch-renorm"}
 """The actions that convert layers, and to what."""
 
-RECALIBRATE, UNDO, WARN = "recalibrate", "undo", "warn"
+WARN = "warn"
 
 ACTIONS = (*TARGETS, RECALIBRATE)
 """What may be done to the layers of a finding."""

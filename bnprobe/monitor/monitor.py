@@ -29,8 +29,6 @@ from bnprobe.measure.layers import anatomy
 from bnprobe.monitor.changes import (
     ACTIONS,
     RAMP,
-    RECALIBRATE,
-    UNDO,
     WARN,
     Change,
     change,
@@ -47,7 +45,7 @@ from bnprobe.monitor.screening import Screening, updates_to_ripen
 from bnprobe.monitor.updates import Counted, UpdateCount, diagnosed
 from bnprobe.nn import SyncBatchRenorm
 from bnprobe.numbers import listed
-from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
+from bnprobe.records import RECALIBRATE, UNDO, LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.theory import equivalent_batch_size
 

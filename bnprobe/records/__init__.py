@@ -64,7 +64,16 @@ from bnprobe.records.layers import (
     Source,
     Updates,
 )
-from bnprobe.records.monitor import LayerSample, ModeLoss, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
+from bnprobe.records.monitor import (
+    RECALIBRATE,
+    UNDO,
+    LayerSample,
+    ModeLoss,
+    MonitorChange,
+    MonitorFinding,
+    MonitorLog,
+    MonitorSample,
+)
 from bnprobe.records.outputs import Chance, ChanceValues, Gap, GradientAngle, Output, PathValues
 from bnprobe.records.repair import (
     Arm,
@@ -113,9 +122,11 @@ __all__ = [
     "FROZEN",
     "MEASURES",
     "OMITTED_WHEN_EMPTY",
+    "RECALIBRATE",
     "ROOT",
     "SCHEMA_VERSION",
     "SOURCES",
+    "UNDO",
     "Arm",
     "Backward",
     "Baseline",

@@ -15,6 +15,9 @@ from bnprobe.records.document import Document
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+RECALIBRATE, UNDO = "recalibrate", "undo"
+"""What leaves a layer BN: its statistics are taken anew, and what was done to it before is taken back."""
+
 
 @dataclass(frozen=True)
 class LayerSample(Record):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.text import Text
 
 from bnprobe.numbers import count, finite_or_none, joined, listed
-from bnprobe.records import LayerSample, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
+from bnprobe.records import RECALIBRATE, UNDO, LayerSample, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 from bnprobe.report import figures
 from bnprobe.report.charts import sparkline
 from bnprobe.report.json import to_text
@@ -35,6 +35,9 @@ NO_LAYER = "No layer with running statistics was called in"
 _FINDINGS = 3
 """So many findings are shown, the latest; each rule once."""
 
+_TO_FIND = 15
+"""Samples that the tests of a monitor take to find a D of twice its limit, about."""
+
 _CURVE = 24
 """Cells of a curve, where they are not more than a quarter of the line."""
 
@@ -52,7 +55,7 @@ def render(log: MonitorLog, options: RenderOptions) -> str:
             _loss(log.samples, last, page),
             _layers(log, last, page, len(last.layers) if options.show_all else _ON_SCREEN),
         ]
-    return to_string([*parts, _findings(log.findings, page) if log.version else []], options.color)
+    return to_string([*parts, _findings(log, page) if log.version else []], options.color)
 
 
 def render_json(log: MonitorLog, options: RenderOptions) -> str:
@@ -118,7 +121,7 @@ def now_changed(changes: Sequence[MonitorChange]) -> dict[str, str]:
     changed: dict[str, str] = {}
     for change in changes:
         changed = {name: action for name, action in changed.items() if name not in change.layers}
-        if change.action not in ("recalibrate", "undo"):  # which leave no other layer behind
+        if change.action not in (RECALIBRATE, UNDO):
             changed |= dict.fromkeys(change.layers, change.action)
     return changed
 
@@ -166,11 +169,21 @@ def _loss(samples: Sequence[MonitorSample], last: MonitorSample, page: Page) -> 
     return [*table(names, [TableLayout(columns)], page), *page.paragraph(apart, first="  ")]
 
 
-def _findings(findings: Sequence[MonitorFinding], page: Page) -> list[Text]:
+def few_samples(log: MonitorLog) -> str:
+    """What finding nothing is worth in a run of few samples; nothing of others."""
+    if log.findings or not 0 < log.taken <= _TO_FIND:
+        return ""
+    return (
+        f"After {count(log.taken, 'sample')} this says little: a D of twice its limit takes about {_TO_FIND} to be"
+        " found. In a short run give the monitor a smaller every."
+    )
+
+
+def _findings(log: MonitorLog, page: Page) -> list[Text]:
     """The latest finding of each rule, with the step of the first one."""
-    latest = _latest(findings)
+    findings, latest = log.findings, _latest(log.findings)
     if not latest:
-        return page.verdict(FINE, "Nothing was found so far.")
+        return page.verdict(FINE, "Nothing was found so far.", [few_samples(log)])
     lines = []
     for finding in latest[:_FINDINGS]:
         where = f" in {listed(finding.layers, 3)}" if finding.layers else ""
@@ -190,7 +203,7 @@ def _layers(log: MonitorLog, last: MonitorSample, page: Page, most: int) -> list
     worst = sorted(last.layers, key=lambda name: badness(last.layers[name]), reverse=True)[:most]
     if not worst:
         return page.paragraph(f"{NO_LAYER} the last sample.")
-    found = signs_of_layers(log.findings)
+    found, changed = signs_of_layers(log), now_changed(log.changes)
     marks = [Mark(found[name], STYLES[found[name]]) if name in found else Mark() for name in worst]
     shown = [last.layers[name] for name in worst]
     held = any(layer.frozen for layer in shown)
@@ -200,6 +213,7 @@ def _layers(log: MonitorLog, last: MonitorSample, page: Page, most: int) -> list
         Column("r", [or_unmeasured(layer.r, "{:.2f}".format) for layer in shown], "point"),
         Column("d", [or_unmeasured(layer.d, "{:.2f}".format) for layer in shown], "point"),
         *([Column("mode", [mode(layer) for layer in shown], "left")] if held else []),
+        *([Column("changed", [changed.get(name, "") for name in worst], "left")] if changed.keys() & worst else []),
         Column("n_eq over the run", [_curve(log.samples, name, _cells(page)) for name in worst], "left"),
     ]
     names = layer_names(worst, list(last.layers), page, marks)
@@ -209,14 +223,20 @@ def _layers(log: MonitorLog, last: MonitorSample, page: Page, most: int) -> list
         legend += f" {HELD}"
     return [
         *page.heading(f"{count(len(last.layers), 'layer')} in the last sample{', the worst' if more else ''}"),
-        *table(names, dropping(columns, ("d", "r", "D", "mode")), page),
+        *table(names, dropping(columns, ("d", "r", "D", "mode", "changed")), page),
         *page.paragraph(legend, "dim"),
     ]
 
 
-def signs_of_layers(findings: Sequence[MonitorFinding]) -> dict[str, str]:
-    """The sign of the latest finding in each layer that has one."""
-    return {name: sign_of(finding) for finding in findings for name in finding.layers}
+def signs_of_layers(log: MonitorLog) -> dict[str, str]:
+    """The sign of the latest finding in each layer that has one whose cause is not known to be gone."""
+    over = {name: change.step for change in log.changes if change.action == UNDO for name in change.layers}
+    return {
+        name: sign_of(finding)
+        for finding in log.findings
+        for name in finding.layers
+        if finding.step > over.get(name, -1)
+    }
 
 
 def badness(layer: LayerSample) -> float:

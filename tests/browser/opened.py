@@ -52,6 +52,16 @@ class Opened:
         """What a pointer meets in a chart of the network, for each layer."""
         return self.page.locator(f"#{chart} svg .mark-rect.role-mark").last.locator("path")
 
+    def tip_at(self, place: Any, **options: Any) -> str:
+        """What the page says under a pointer at this place: its words, with one space between them."""
+        place.scroll_into_view_if_needed()
+        # The page hides what it says when it scrolls, and a browser tells it so a frame later.
+        self.page.evaluate("() => new Promise((then) => requestAnimationFrame(() => requestAnimationFrame(then)))")
+        place.hover(**options)
+        tip = self.page.locator("#tip")
+        tip.wait_for()
+        return " ".join(tip.inner_text().split())
+
     def names(self, table: str = "#layers") -> list[str]:
         """The layers of the table, as they are shown, without their signs."""
         rows = self.page.locator(f"{table} .table.tools tbody tr:visible th")

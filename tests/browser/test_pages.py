@@ -134,29 +134,24 @@ def test_a_pointer_shows_the_figures_of_a_layer_and_a_click_leads_to_its_row(sho
     report = flagged()
     opened = show(report)
     column = opened.columns("spread-2").nth(4)
-    column.hover()
-    told = opened.page.locator("#tip")
-    assert told.locator(".head").inner_text() == report.layers[4].name
-    train = report.layers[4].train
-    assert train is not None
-    assert "90% of them" in told.inner_text()
+    told = opened.tip_at(column)
+    assert opened.page.locator("#tip .head").inner_text() == report.layers[4].name
+    assert "90% of them" in told
     column.click()
     row = opened.page.locator("tr:target")
     assert report.layers[4].name in row.inner_text()
     opened.page.keyboard.press("Escape")
-    assert told.is_hidden()
+    assert opened.page.locator("#tip").is_hidden()
 
 
 def test_a_pointer_shows_what_happened_at_a_step_of_a_run_and_what_a_layer_was_like(show: Open) -> None:
     opened = show(logs.found())
-    told = opened.page.locator("#tip")
     mark = opened.page.locator("#modes-1 svg .mark-rule.role-mark").last.locator("line").nth(1)
-    mark.hover(force=True)
-    assert " ".join(told.inner_text().split()) == "Stale running statistics (BN203) step 1,316 layers layer7.bn"
+    assert opened.tip_at(mark, force=True) == "Stale running statistics (BN203) step 1,316 layers layer7.bn"
     pieces = opened.page.locator("#map-1 svg .mark-rect.role-mark path")
     assert pieces.count() == 8  # of seven layers; the last one changed once
-    pieces.last.hover(position={"x": 12, "y": 5})  # left of the marks
-    assert " ".join(told.inner_text().split()) == "layer7.bn n_eq 4.0 steps 1,300 to 2,400"
+    left_of_the_marks = {"x": 12, "y": 5}
+    assert opened.tip_at(pieces.last, position=left_of_the_marks) == "layer7.bn n_eq 4.0 steps 1,300 to 2,400"
 
 
 def test_labels_of_what_happened_are_above_the_chart_and_within_it(show: Open) -> None:
@@ -242,12 +237,12 @@ def test_hostile_names_show_as_text_in_charts_and_under_the_pointer(show: Open, 
     names = iter(range(1_000_000))
     report = hostile(batch_sizes(), lambda text: f"{bad}#{next(names)}")
     opened = show(report)
-    told = opened.page.locator("#tip .head")
-    opened.columns("shares-1").nth(1).hover()
-    assert " ".join(told.inner_text().split()) == " ".join(clean(report.layers[1].name, unicode=True).split())
-    opened.page.locator("#batch-sizes-1 svg .mark-symbol.role-mark path").last.hover()
+    head = opened.page.locator("#tip .head")
+    opened.tip_at(opened.columns("shares-1").nth(1))
+    assert " ".join(head.inner_text().split()) == " ".join(clean(report.layers[1].name, unicode=True).split())
+    opened.tip_at(opened.page.locator("#batch-sizes-1 svg .mark-symbol.role-mark path").last)
     shown = {" ".join(clean(layer.name, unicode=True).split()) for layer in report.layers}
-    assert " ".join(told.inner_text().split()) in shown
+    assert " ".join(head.inner_text().split()) in shown
     assert opened.page.locator("script").count() == 4
     assert opened.page.locator("img, iframe, b").count() == 0
 

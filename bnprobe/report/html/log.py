@@ -92,6 +92,8 @@ def log_page(log: MonitorLog) -> Document:
 
 
 def _sentences(log: MonitorLog) -> Iterator[str]:
+    if few := words.few_samples(log):
+        yield few
     changed = words.now_changed(log.changes)
     for action in sorted(set(changed.values())):
         names = [name for name, done in changed.items() if done == action]
@@ -254,7 +256,7 @@ class _Run:
         around = max(log.every, 1) / 2 if len(parts) == 1 else 0
         marks = tuple(_marks(log, first, last))
         course = step_charts.Course(max(first - math.ceil(around), 0), last + math.ceil(around), marks)
-        return cls(parts, size, tuple(names), words.signs_of_layers(log.findings), course)
+        return cls(parts, size, tuple(names), words.signs_of_layers(log), course)
 
     @property
     def means(self) -> tuple[str, ...]:
@@ -492,7 +494,7 @@ def _layers(log: MonitorLog) -> Iterator[Block]:
     if not last.layers:
         yield Text((f"{words.NO_LAYER} the last sample.",))
         return
-    signs, changed = words.signs_of_layers(log.findings), words.now_changed(log.changes)
+    signs, changed = words.signs_of_layers(log), words.now_changed(log.changes)
     rules: dict[str, dict[str, None]] = {}
     for finding in log.findings:
         for name in finding.layers:

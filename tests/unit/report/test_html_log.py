@@ -98,6 +98,13 @@ def test_the_last_sample_is_a_table_of_every_layer(page: Page) -> None:
     assert [row["Layer"].split()[-1] for row in table] == list(found().samples[-1].layers)
     assert (table[6]["Layer"], table[6]["n_eq"], table[6]["Found"]) == ("✗ layer7.bn", "4.0", "BN203")
     assert (table[1]["Layer"], table[1]["Changed"]) == ("layer2.bn", "renorm")
+    assert table[0]["Layer"] == "layer1.bn"  # without a sign: what was done about its finding was taken back
+
+
+def test_few_samples_without_a_finding_are_said_to_be_few() -> None:
+    few = "After 12 samples this says little: a D of twice its limit takes about 15 to be found."
+    assert few in said(page_of(healthy()).all("header")[0])
+    assert few not in page_of(replace(healthy(), taken=16)).words
 
 
 def test_layers_in_eval_mode_are_marked_where_there_are_any(page: Page) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.cells import cell_len
 
-from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorLog, MonitorSample
+from bnprobe.records import LayerSample, ModeLoss, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 from bnprobe.report import RenderOptions, watch
 from bnprobe.report.charts import sparkline
 from bnprobe.stats.theory import equivalent_batch_size
@@ -92,6 +92,30 @@ def test_layers_in_eval_mode_are_marked_where_there_are_any() -> None:
     assert "train" in rows["layer1.bn"]
     assert "A layer in eval mode uses its running statistics" in " ".join(lines)
     assert not any("mode  " in line and "n_eq" in line for line in _lines(LOG))
+
+
+def test_layers_that_the_monitor_changed_are_marked_until_it_takes_that_back() -> None:
+    def row(*changes: MonitorChange) -> list[str]:
+        lines = _lines(replace(LOG, changes=changes))
+        (found,) = [line.split() for line in lines if " layer3.bn " in line and "step" not in line]
+        return found
+
+    freeze, undo = MonitorChange(320, "freeze", ("layer3.bn",)), MonitorChange(900, "undo", ("layer3.bn",))
+    assert row()[0] == row(freeze)[0] == "✗"
+    assert row(freeze)[-2] == "freeze"  # before the curve
+    assert "freeze" not in row()
+    assert row(freeze, undo) == row()[1:]  # the finding is of before
+    later = replace(FINDING, step=1000)
+    log = replace(LOG, changes=(freeze, undo), findings=(FINDING, later))
+    assert watch.signs_of_layers(log) == {"layer3.bn": "✗"}
+
+
+def test_few_samples_without_a_finding_are_said_to_be_few() -> None:
+    log = replace(LOG, findings=(), taken=12)
+    text = " ".join(" ".join(_lines(log)).split())
+    assert "Nothing was found so far. After 12 samples this says little" in text
+    for more in (replace(log, taken=16), replace(log, taken=0), replace(LOG, taken=12)):
+        assert watch.few_samples(more) == ""
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
