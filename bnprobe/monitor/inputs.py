@@ -45,6 +45,9 @@ _LATELY = 128
 _WAITING = 64
 """Batches that wait to be read, at most."""
 
+_FOR_GOOD = 10
+"""So many batches in a row of another size or form, all alike, are what batches are from now on."""
+
 _DIGITS = 6
 """Of the scores: what is saved with a checkpoint stays small."""
 
@@ -74,13 +77,17 @@ class _Watched:
         return 2 * (1 + len(self.chosen))
 
 
+_Form = tuple[list[_Watched], int | None]
+"""What the inputs of a batch are, and how many samples it has, where that is known."""
+
+
 class InputShift:
     """A test whether batches stay exchangeable with those before, by a few scores of each.
 
     Of every floating-point tensor of the inputs that nothing trained has computed: mean and standard deviation, of the
     whole and of channels (dimension 1). Only batches of as many samples, and of the same form, as the first one are
-    compared, since small ones vary more. The evidence is a mean of the e-values of ``Exchangeable``, in which those of
-    whole tensors count half.
+    compared, since small ones vary more; where that changes for good, the test begins again. The evidence is a mean of
+    the e-values of ``Exchangeable``, in which those of whole tensors count half.
     """
 
     def __init__(self) -> None:
@@ -88,8 +95,8 @@ class InputShift:
         self._begin()
 
     def _begin(self) -> None:
-        self._samples: int | None = None
-        self._watched: list[_Watched] = []
+        self._form: _Form = [], None
+        self._other: tuple[_Form, int] = self._form, 0
         self._test: Exchangeable | None = None
         self._weights = np.zeros(0)
         self._lately: deque[tuple[int, NDArray[np.float64]]] = deque(maxlen=_LATELY)
@@ -104,16 +111,22 @@ class InputShift:
     def take(self, step: int, inputs: Inputs) -> None:
         """Compute the scores of a batch; nothing waits for the device."""
         tensors = _tensors(inputs)
-        watched, samples = [_Watched(name, x.shape[1]) for name, x in tensors], count_samples_of_call(*inputs)
-        if self._test is None and tensors:
-            self._set_up(watched, samples)
-        if tensors and (watched, samples) == (self._watched, self._samples):
+        if not tensors:
+            return
+        form = [_Watched(name, x.shape[1]) for name, x in tensors], count_samples_of_call(*inputs)
+        other, times = self._other
+        self._other = form, times + 1 if form == other else 1
+        if self._other[1] == _FOR_GOOD and form != self._form:
+            self.forget()
+        if self._test is None:
+            self._set_up(form)
+        if form == self._form:
             device = tensors[0][1].device
-            parts = [_scores(x, each.chosen).to(device) for (_, x), each in zip(tensors, watched, strict=True)]
+            parts = [_scores(x, each.chosen).to(device) for (_, x), each in zip(tensors, form[0], strict=True)]
             self._waiting.append((step, torch.cat(parts)))
 
-    def _set_up(self, watched: list[_Watched], samples: int | None) -> None:
-        self._watched, self._samples = watched, samples
+    def _set_up(self, form: _Form) -> None:
+        self._form, (watched, _) = form, form
         weights = [[0.25, 0.25, *[0.25 / len(each.chosen)] * (each.series - 2)] for each in watched]
         self._weights = np.array([weight for part in weights for weight in part]) / len(watched)
         self._test = Exchangeable(np.empty((0, len(self._weights))), self._restarts, _ROWS, signed=True)
@@ -144,8 +157,8 @@ class InputShift:
         worst = int((self._weights * self._test.e_values()).argmax())
         since = min(max(known - int(self._test.since[worst]), 1), known - 1)
         rows = np.array([row for _, row in self._lately])
-        ends = np.cumsum([each.series for each in self._watched])
-        each, end = next((each, end) for each, end in zip(self._watched, ends, strict=True) if worst < end)
+        ends = np.cumsum([each.series for each in self._form[0]])
+        each, end = next((each, end) for each, end in zip(self._form[0], ends, strict=True) if worst < end)
         part = rows[:, end - each.series : end]
         return (
             f"Since about step {self._lately[since][0]:,} batches are not like those before."
@@ -154,8 +167,8 @@ class InputShift:
 
     def state(self) -> dict[str, Any]:
         """What ``restore`` takes, of plain values; without what waits to be read."""
-        own = {"restarts": self._restarts, "samples": self._samples}
-        watched = [[each.name, each.channels] for each in self._watched]
+        own = {"restarts": self._restarts, "samples": self._form[1]}
+        watched = [[each.name, each.channels] for each in self._form[0]]
         lately = [[step, row.tolist()] for step, row in self._lately]
         test = None if self._test is None else self._test.state()
         return {**own, "watched": watched, "lately": lately, "test": test}
@@ -166,7 +179,7 @@ class InputShift:
         self._begin()
         if state["test"] is None:
             return
-        self._set_up([_Watched(name, channels) for name, channels in state["watched"]], state["samples"])
+        self._set_up(([_Watched(name, channels) for name, channels in state["watched"]], state["samples"]))
         assert self._test is not None
         self._test.restore(state["test"])
         self._lately.extend((step, np.array(row)) for step, row in state["lately"])

@@ -133,6 +133,19 @@ def test_what_cannot_be_compared_is_left_out() -> None:
     assert none.e_value == 1.0
 
 
+def test_where_the_size_of_batches_changes_for_good_the_test_goes_on_with_the_new_one() -> None:
+    def smaller(step: int) -> Tensor:
+        return images(step, 16 if step < 100 else 8) + (0.5 if step >= 250 else 0.0)
+
+    shift, found = watched(smaller, 250)
+    assert found is None
+    shift, found = watched(smaller, 400, shift, 250)
+    assert found is not None
+    assert found <= 300
+    short_last = watched(lambda step: images(step, 7 if step % 20 == 19 else 16), 100)[0]
+    assert short_last.state()["samples"] == 16
+
+
 def test_scores_are_what_a_reference_says() -> None:
     shift = InputShift()
     x = 1_000 + 0.01 * torch.randn(4, 50, 3, generator=torch.Generator().manual_seed(0))
