@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -26,26 +26,17 @@ from bnprobe.errors import UsageError, warn_user
 from bnprobe.loading.samples import count_samples_of_call
 from bnprobe.measure.batch import copy_tensors
 from bnprobe.measure.layers import anatomy
-from bnprobe.monitor.changes import (
-    ACTIONS,
-    RAMP,
-    WARN,
-    Change,
-    change,
-    require_response,
-    restored,
-    take_back,
-    take_statistics,
-)
+from bnprobe.monitor.changes import ACTIONS, WARN, Change, require_response
 from bnprobe.monitor.inputs import CAUSE, INPUTS, REMEDY, InputShift
 from bnprobe.monitor.log import Lines, Sink, event_of, sink_of
 from bnprobe.monitor.loss import LossTape
+from bnprobe.monitor.orders import Orders
 from bnprobe.monitor.sampling import FIGURES, Hook, Inputs, Look, Sampler, call_model
 from bnprobe.monitor.screening import Screening, updates_to_ripen
 from bnprobe.monitor.updates import Counted, UpdateCount, diagnosed
 from bnprobe.nn import SyncBatchRenorm
 from bnprobe.numbers import listed
-from bnprobe.records import RECALIBRATE, UNDO, LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
+from bnprobe.records import LayerSample, ModeLoss, MonitorFinding, MonitorSample, Report
 from bnprobe.rules.facts import Facts
 from bnprobe.stats.theory import equivalent_batch_size
 
@@ -103,7 +94,6 @@ class Monitor:
         sample: The last sample; None before the first.
         findings: All findings so far.
         report: The report of the last scan; None before the first.
-        changes: The layers that are changed at the moment.
 
     Raises:
         UsageError: An argument cannot work.
@@ -144,7 +134,6 @@ class Monitor:
         self.findings: list[MonitorFinding] = []
         self.report: Report | None = None
         self._called, self._every, self._batches = model, every, batches
-        self.changes: list[Change] = []
         self._on_finding = on_finding
         self._settings = ScanSettings(include=tuple(include), exclude=tuple(exclude))
         self._sampler = Sampler(model, self._settings)
@@ -152,6 +141,7 @@ class Monitor:
         names = [layer.name for layer in self._sampler.layers.selected]
         self._ripe_from = {layer.name: updates_to_ripen(layer.info.momentum) for layer in self._sampler.layers.selected}
         self._screening = Screening(names, false_alarms)
+        self._orders = Orders(self._sampler, self._screening, every, self._done, self._warn)
         self._sinks: list[Sink] = [
             sink_of(each) for each in (log if isinstance(log, list) else [log]) if each is not None
         ]
@@ -166,7 +156,6 @@ class Monitor:
         self._tape = LossTape(self._found_loss)
         self._thread = 0
         self._world, self._gave_up = ALONE, False
-        self._orders: list[_Order] = []
         self._in_train_mode = True
         self._inputs, self._input_due, self._is_due = InputShift(), False, False
         self._updates = UpdateCount(lambda: self._is_looking)
@@ -196,6 +185,7 @@ class Monitor:
         if self in _running:
             return
         self._world = current_world()
+        self._orders.world = self._world if self._acts else ALONE
         self._require_watchable()
         self._over = self._gave_up = False
         if not self._world.is_main and not self._acts:
@@ -249,6 +239,11 @@ class Monitor:
         return None
 
     @property
+    def changes(self) -> list[Change]:
+        """The layers that are changed at the moment."""
+        return self._orders.changes
+
+    @property
     def _acts(self) -> bool:
         """Whether it may change layers by itself."""
         responses = self._on_finding.values() if isinstance(self._on_finding, Mapping) else [self._on_finding]
@@ -295,10 +290,7 @@ class Monitor:
         self._rest, self._rests_until = state["rest"], state["rests_until"]
         self._in_train_mode = state["in_train_mode"]
         self.findings = [MonitorFinding(**{**each, "layers": tuple(each["layers"])}) for each in state["findings"]]
-        for made in self.changes:
-            self._take_back(made)
-        for each in state["changes"]:
-            self._follow(restored(self._sampler.model, each))
+        self._orders.restore(state["changes"])
         self._inputs.restore(state["inputs"])
         self._kept.clear()
         self._counted.clear()
@@ -330,8 +322,9 @@ class Monitor:
         except Exception as error:  # a log's, too: the user's training goes on
             self._give_up(error)
         try:
-            if self._together and self.step and self.step % self._every == 0:
-                self._agree()
+            is_time = self._together and self.step and self.step % self._every == 0
+            if is_time and not self._orders.agree(self._gave_up):
+                self.stop()
         except Exception as error:
             self._give_up(error)
             self.stop()
@@ -348,7 +341,7 @@ class Monitor:
     @property
     def _together(self) -> bool:
         """Whether layers are changed in several processes: in all of them after the same step."""
-        return self._world.size > 1 and self._acts
+        return self._orders.world.size > 1
 
     def _counts(self, optimizer: Optimizer) -> bool:
         """Whether a step is one of the model: of several optimizers that take turns, the first one counts.
@@ -452,7 +445,7 @@ class Monitor:
             self._tape = LossTape(self._found_loss)
             self._in_train_mode = True
         if gone := self._sampler.find_again():
-            warn_user(f"bnprobe, step {self.step}: watched no more, since not there any more: {listed(gone)}")
+            self._warn(f"watched no more, since not there any more: {listed(gone)}")
         self._look = self._sampler.look(inputs, self._tape.in_eval(inputs))
         self._looks.append(replace(self._look, eval=None))  # outputs may be large, and calls many
 
@@ -528,8 +521,7 @@ class Monitor:
             self._tell(MonitorFinding(self.step, self.step, INPUTS, CAUSE, "warning", (), message, REMEDY), [], 0)
         if set(wanted) - {INPUTS}:
             self._alarm = self.step
-        for made in [each for each in self.changes if self._screening.is_over(each.layers)]:
-            self._order(_Order(UNDO, list(made.layers)))
+        self._orders.take_back_what_is_over()
 
     # --- After an alarm -----------------------------------------------------------------------------------------------
 
@@ -552,9 +544,8 @@ class Monitor:
             self._kept.clear()
             self._alarm = None
             self._screening.forget()
-            warn_user(
-                f"bnprobe, step {self.step}: an alarm could not be looked into: batches differ in their number of"
-                " samples, or it is not known."
+            self._warn(
+                "an alarm could not be looked into: batches differ in their number of samples, or it is not known."
             )
 
     def _scan(self, kept: list[Inputs], size: int) -> None:
@@ -595,122 +586,29 @@ class Monitor:
         self._write(event_of(finding))
         response = self._response(finding.rule)
         if not callable(response) and response != WARN:
-            self._act(response, finding, kept, size)
+            self._orders.act(response, finding.layers, kept, size)
         if is_known:
             return
         if callable(response):
             response(self, finding)
         else:
-            _warn(finding)
+            where = f" in {listed(finding.layers, 3)}" if finding.layers else ""
+            self._warn(f"{finding.rule}{where}: {finding.message} Remedy: {finding.remedy}")
 
     # --- What is done about it ----------------------------------------------------------------------------------------
 
     def _response(self, rule: str) -> Response:
         return self._on_finding.get(rule, WARN) if isinstance(self._on_finding, Mapping) else self._on_finding
 
-    def _act(self, action: str, finding: MonitorFinding, kept: list[Inputs], size: int) -> None:
-        """Change the layers of a finding that are not changed yet; one that cannot be is warned of."""
-        changed = {name for made in self.changes for name in made.layers}
-        changed |= {name for order in self._orders for name in order.layers}
-        names = [name for name in finding.layers if name not in changed]
-        if action != RECALIBRATE:  # a layer in eval mode normalizes with its running statistics already
-            names = [name for name in names if self._sampler.model.get_submodule(name).training]
-        if names:
-            self._order(_Order(action, names, kept, size))
+    def _done(self, action: str, layers: list[str]) -> None:
+        self._write({"event": "change", "step": self.step, "action": action, "layers": layers})
 
-    def _order(self, order: _Order) -> None:
-        self._orders.append(order)
-        if not self._together:
-            self._say(self._carry_out_orders())
-
-    def _carry_out_orders(self) -> list[_Order]:
-        """Do what was decided; what could be done."""
-        orders, self._orders = self._orders, []
-        done = []
-        for order in orders:
-            try:
-                self._carry_out(order)
-            except Exception as error:  # other processes wait for what is decided
-                warn_user(f"bnprobe, step {self.step}: no layer was changed: {error}")
-            else:
-                done.append(order)
-        return done
-
-    def _carry_out(self, order: _Order) -> None:
-        if order.action == UNDO:
-            self._take_back(next(made for made in self.changes if list(made.layers) == order.layers))
-        elif order.action != RECALIBRATE:
-            self._follow(change(self._sampler.model, order.action, order.layers, RAMP * self._every))
-            self._screening.forget_over(order.layers)
-        elif order.kept:
-            take_statistics(self._sampler.model, order.layers, order.kept, order.size)
-
-    def _agree(self) -> None:
-        """Do in every process what the first one decided since the last step that was due.
-
-        There it is done first. The others get its layers' buffers, too, so that a layer that normalizes with its
-        running statistics is the same everywhere.
-        """
-        done = self._carry_out_orders() if not self._gave_up else []
-        buffers = {name: self._buffers(name) for order in done for name in order.layers}
-        plain = [(order.action, order.layers) for order in done]
-        decided = self._world.share(None if self._gave_up else (plain, buffers))
-        if decided is None:
-            self.stop()
-            return
-        plain, buffers = decided
-        if not plain:
-            return
-        problem = None
-        try:
-            for action, layers in plain if not self._world.is_main else ():
-                self._carry_out(_Order(action, layers))
-            for name, values in buffers.items():
-                for own, value in zip(self._buffers(name), values, strict=True):
-                    own.copy_(value)
-        except Exception as error:  # the others wait for it
-            problem = f"process {self._world.rank}: {error}"
-        if problems := [each for each in self._world.gather(problem) if each]:
-            for made in [made for made in self.changes if (made.action, list(made.layers)) in plain]:
-                self._take_back(made)
-            raise UsageError(f"No layer was changed, since not every process can: {problems[0]}")
-        self._say(done)
-
-    def _buffers(self, name: str) -> list[Tensor]:
-        (module,) = [layer.module for layer in self._sampler.layers.layers if layer.name == name]
-        return list(module.buffers(recurse=False))
-
-    def _say(self, done: Sequence[_Order]) -> None:
-        for order in done:
-            self._write({"event": "change", "step": self.step, "action": order.action, "layers": order.layers})
-
-    def _follow(self, made: Change) -> None:
-        self.changes.append(made)
-        self._sampler.follow(made.layers, changed=True)
-
-    def _take_back(self, made: Change) -> None:
-        take_back(self._sampler.model, made)
-        self.changes = [each for each in self.changes if each is not made]
-        self._sampler.follow(made.layers, changed=False)
+    def _warn(self, text: str) -> None:
+        warn_user(f"bnprobe, step {self.step}: {text}")
 
     def _write(self, event: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink(event)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What is to be done to layers.
-
-    Attributes:
-        action: One of ``ACTIONS``, or ``UNDO``.
-        kept, size: The batches of a recalibration, where it is made, and their samples.
-    """
-
-    action: str
-    layers: list[str]
-    kept: list[Inputs] = field(default_factory=list)
-    size: int = 0
 
 
 _running: list[Monitor] = []
@@ -725,8 +623,3 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
     """Whether there is one, which is not known of those that are no plain tensors."""
     grad = parameter.grad
     return grad is not None and (type(grad) is not Tensor or grad.layout != torch.strided or bool(grad.any()))
-
-
-def _warn(finding: MonitorFinding) -> None:
-    where = f" in {listed(finding.layers, 3)}" if finding.layers else ""
-    warn_user(f"bnprobe, step {finding.step}: {finding.rule}{where}: {finding.message} Remedy: {finding.remedy}")
