@@ -9,9 +9,14 @@ from collections.abc import Iterable, Sequence
 from scipy.stats import binomtest
 
 from benchmarks.monitor.runs import EVERY, NETS, Outcome
+from bnprobe.monitor.inputs import INPUTS
+from bnprobe.monitor.screening import LOSS, UPDATES
 
 RATE = 0.05
 """Of false alarms in a run, as the monitor states it."""
+
+_OTHERS = (LOSS, UPDATES, INPUTS)
+"""What raises alarms beside layers."""
 
 Table = list[list[str]]
 """Rows of cells; the first row is the header."""
@@ -19,7 +24,7 @@ Table = list[list[str]]
 
 def false_alarms(outcomes: Sequence[Outcome]) -> Table:
     """By condition, by network, and all."""
-    head = ["runs", "number", "with an alarm", "of layers", "of the loss", "with a finding", "rules", "accuracy"]
+    head = ["runs", "number", "with an alarm", "raised by", "with a finding", "rules", "accuracy"]
     parts = [(what, [one for one in outcomes if one.what == what]) for what in dict.fromkeys(o.what for o in outcomes)]
     parts += [(f"all of {net}", [one for one in outcomes if one.network == net]) for net in NETS]
     parts.append(("all", list(outcomes)))
@@ -33,8 +38,7 @@ def _healthy_row(name: str, part: list[Outcome]) -> list[str]:
         name,
         str(len(part)),
         share(len(first), len(part)),
-        str(sum(series != ["loss"] for series in first)),
-        str(sum("loss" in series for series in first)),
+        _raised_by(first),
         share(len(named), len(part)),
         _counted(rule for rules in named for rule in rules),
         f"{statistics.mean(one.accuracy for one in part):.3f}",
@@ -102,10 +106,16 @@ def _fault_row(part: list[Outcome], twins: dict[tuple[str, int], float]) -> list
         ", ".join(counts),
         _range(delays),
         f"{statistics.median(delays) / EVERY:.0f}" if delays else "",
-        _counted("loss" if series == ["loss"] else "layers" for series in first),
+        _raised_by(first),
         _counted(rule for one in part for rule in {r for step, r in one.findings if step >= (one.begin or 0)}),
         f"{statistics.mean(lost):.3f} ({min(lost):.3f} to {max(lost):.3f})",
     ]
+
+
+def _raised_by(alarms: Iterable[Sequence[str]]) -> str:
+    """In how many alarms what took part: layers, the loss, updates or inputs."""
+    kinds = [{name if name in _OTHERS else "layers" for name in series} for series in alarms]
+    return _counted(kind for alarm in kinds for kind in sorted(alarm))
 
 
 def _range(values: list[int]) -> str:

@@ -135,8 +135,8 @@ FAULTY_RUNS = [
 
 def test_false_alarms_are_counted_by_run() -> None:
     rows = {row[0]: row for row in score.false_alarms(HEALTHY_RUNS)}
-    assert rows[BASE][1:7] == ["2", "1: 50.0% [1.3%, 98.7%]", "1", "0", "1: 50.0% [1.3%, 98.7%]", "BN203 1"]
-    assert rows["all"][1:5] == ["3", "2: 66.7% [9.4%, 99.2%]", "1", "1"]
+    assert rows[BASE][1:6] == ["2", "1: 50.0% [1.3%, 98.7%]", "layers 1", "1: 50.0% [1.3%, 98.7%]", "BN203 1"]
+    assert rows["all"][1:4] == ["3", "2: 66.7% [9.4%, 99.2%]", "layers 1, loss 1"]
 
 
 def test_runs_with_an_alarm_are_listed() -> None:
@@ -155,6 +155,17 @@ def test_only_alarms_since_the_fault_detect_it() -> None:
     assert rows["harmless"][1:4] == ["0 of 1", "mlp 0/1", ""]
     missed = score.missed(FAULTY_RUNS, HEALTHY_RUNS[:1])
     assert missed == ["* fault: 1 of 2 runs that lost over 0.02, without an alarm."]
+
+
+def test_an_alarm_is_raised_by_layers_the_loss_updates_or_inputs() -> None:
+    faulty = replace(outcome("fault", begin=170), alarms=[(180, ["a.norm", "b.norm", "inputs"]), (190, ["updates"])])
+    assert score.detections([faulty], HEALTHY_RUNS[:1])[1][5] == "inputs 1, layers 1"
+
+
+def test_why_a_fault_passes_is_said_of_those_that_pass() -> None:
+    missed, found = (outcome("one batch times 10", *alarms, begin=170) for alarms in ((), (180,)))
+    assert "A batch times 10" in render([*HEALTHY_RUNS, missed], 0, [], 1.0)
+    assert "Why faults pass" not in render([*HEALTHY_RUNS, found], 0, [], 1.0)
 
 
 def test_a_report_says_what_was_found_and_which_monitors_stopped() -> None:
