@@ -91,34 +91,31 @@ class Dropout(Experiment):
             claims=(
                 near_everywhere(
                     "The variance shift is what the formula says, at every rate.",
+                    "Measured over the formula's",
                     {f"at rate {rate}": before.where(rate=rate).mean(shift) for rate in RATES},
                     1.0,
                     0.02,
-                    "Measured over the formula's",
                 ),
                 above(
                     "The shift grows with the rate.",
-                    before.where(rate=RATES[-1]).less("variance shift", before.where(rate=RATES[0])),
-                    0.0,
                     f"Variance in training over that at inference, at rate {RATES[-1]} less at {RATES[0]}",
+                    before.where(rate=RATES[-1]).less("variance shift", before.where(rate=RATES[0])),
                 ),
                 within(
                     "Dropout behind the last batch norm shifts no variance.",
+                    "Largest deviation of the ratio from 1",
                     max(exact, default=None),
                     1e-5,
-                    "Largest deviation of the ratio from 1",
                 ),
                 above(
                     f"At rate {LARGE} dropout before batch norm costs accuracy that dropout behind it does not.",
-                    after.where(rate=LARGE).less("accuracy", large),
-                    0.0,
                     "Held-out accuracy behind it less before it",
+                    after.where(rate=LARGE).less("accuracy", large),
                 ),
                 above(
                     "Statistics taken anew, without dropout, give back some of what the shift cost.",
-                    mean_of([gains[seed] - gains_behind[seed] for seed in gains.keys() & gains_behind.keys()]),
-                    0.0,
                     f"Gain of held-out accuracy at rate {LARGE}, before batch norm less behind it",
+                    mean_of([gains[seed] - gains_behind[seed] for seed in gains.keys() & gains_behind.keys()]),
                 ),
             ),
             charts=(

@@ -208,28 +208,28 @@ def _ends(found: Estimate | None) -> tuple[float, float]:
     return (-math.inf, math.inf) if low is None or high is None else (low, high)
 
 
-def above(text: str, found: Estimate | None, limit: float = 0.0, what: str = "Difference") -> Claim:
+def above(text: str, what: str, found: Estimate | None, limit: float = 0.0) -> Claim:
     """A claim that holds if a figure is above a limit: shown or refuted where its interval does not hold the limit.
 
     Args:
         text: The claim.
+        what: What the figure is, with its unit, to begin the sentence of evidence with.
         found: The figure; None: there is none.
         limit: See above.
-        what: What the figure is, with its unit, to begin the sentence of evidence with.
     """
     low, high = _ends(found)
     verdict: ClaimVerdict = "shown" if low > limit else "refuted" if high < limit else "open"
     return Claim(text, verdict, _evidence(found, what, f"the claim needs more than {score(limit)}"))
 
 
-def below(text: str, found: Estimate | None, limit: float = 0.0, what: str = "Difference") -> Claim:
+def below(text: str, what: str, found: Estimate | None, limit: float = 0.0) -> Claim:
     """A claim that holds if a figure is below a limit; as `above`."""
     low, high = _ends(found)
     verdict: ClaimVerdict = "shown" if high < limit else "refuted" if low > limit else "open"
     return Claim(text, verdict, _evidence(found, what, f"the claim needs less than {score(limit)}"))
 
 
-def within(text: str, found: float | None, limit: float, what: str) -> Claim:
+def within(text: str, what: str, found: float | None, limit: float) -> Claim:
     """A claim of exactness: shown where the largest deviation found is at most ``limit``, else refuted."""
     if found is None:
         return Claim(text, "open", f"{what}: not measured.")
@@ -237,17 +237,15 @@ def within(text: str, found: float | None, limit: float, what: str) -> Claim:
     return Claim(text, verdict, f"{what}: {score(found)}, where at most {score(limit)} is allowed.")
 
 
-def near(text: str, found: Estimate | None, expected: float, tolerance: float, what: str = "Figure") -> Claim:
+def near(text: str, what: str, found: Estimate | None, expected: float, tolerance: float) -> Claim:
     """A claim that a figure is what a formula says: a test of equivalence.
 
     Shown where the whole interval lies within the tolerance of what is expected, refuted where all of it lies outside.
 
     Args:
-        text: The claim.
-        found: The figure; None: there is none.
+        text, what, found: As of `above`.
         expected: By the formula.
         tolerance: Relative to what is expected.
-        what: What the figure is, with its unit, to begin the sentence of evidence with.
     """
     low, high = _ends(found)
     least, most = expected - tolerance * abs(expected), expected + tolerance * abs(expected)
@@ -261,14 +259,13 @@ def near(text: str, found: Estimate | None, expected: float, tolerance: float, w
 
 
 def near_everywhere(
-    text: str, found: Mapping[str, Estimate | None], expected: float, tolerance: float, what: str
+    text: str, what: str, found: Mapping[str, Estimate | None], expected: float, tolerance: float
 ) -> Claim:
     """A claim that each of several figures is what a formula says: as `near`, decided by the figure that is worst.
 
     Args:
-        text: The claim.
+        text, what, expected, tolerance: As of `near`.
         found: The figures, by where they were taken, e.g. "at rate 0.5".
-        expected, tolerance, what: As of `near`.
     """
 
     def reach(where: str) -> float:
@@ -276,23 +273,17 @@ def near_everywhere(
         return max(expected - low, high - expected)
 
     claims = [
-        near(text, found[where], expected, tolerance, f"{what} {where}, which of {len(found)} decides")
+        near(text, f"{what} {where}, which of {len(found)} decides", found[where], expected, tolerance)
         for where in sorted(found, key=reach, reverse=True)
     ]
     return _worst_of(claims)
 
 
-def below_everywhere(text: str, found: Mapping[str, Estimate | None], limit: float, what: str) -> Claim:
-    """A claim that each of several figures is below a limit: as `below`, decided by the figure that is worst.
-
-    Args:
-        text: The claim.
-        found: The figures, by where they were taken.
-        limit, what: As of `below`.
-    """
+def below_everywhere(text: str, what: str, found: Mapping[str, Estimate | None], limit: float) -> Claim:
+    """A claim that each of several figures is below a limit: as `near_everywhere`, but `below`."""
     farthest = sorted(found, key=lambda where: _ends(found[where])[1], reverse=True)
     return _worst_of(
-        [below(text, found[where], limit, f"{what} {where}, which of {len(found)} decides") for where in farthest]
+        [below(text, f"{what} {where}, which of {len(found)} decides", found[where], limit) for where in farthest]
     )
 
 

@@ -99,52 +99,49 @@ class Freeze(Experiment):
             claims=(
                 within(
                     "Two processes with synchronized statistics train the network of one process with the whole batch.",
+                    "Largest relative deviation of any parameter or statistic",
                     max(processes.values("synchronized against the whole batch"), default=None),
                     ROUNDING,
-                    "Largest relative deviation of any parameter or statistic",
                 ),
                 within(
                     "Two processes with statistics of their own train the network of one process that normalizes the"
                     " parts by themselves.",
+                    "Largest relative deviation of any parameter or statistic",
                     max(processes.values("own statistics against parts"), default=None),
                     ROUNDING,
-                    "Largest relative deviation of any parameter or statistic",
                 ),
                 above(
                     f"Statistics of {size} images for each worker are worse than synchronized ones.",
-                    arm(ALL, NEVER).less("accuracy", arm(SMALL, NEVER)),
-                    0.0,
                     f"Held-out accuracy, synchronized less {size} for each worker",
+                    arm(ALL, NEVER).less("accuracy", arm(SMALL, NEVER)),
                 ),
                 below(
                     "Frozen for the last quarter costs nothing.",
+                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 75%",
                     arm(ALL, NEVER).less("accuracy", arm(ALL, LATE)),
                     NOTHING,
-                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 75%",
                 ),
                 above(
                     f"Where each worker has {size} images, freezing for the last quarter is a gain.",
-                    arm(SMALL, LATE).less("accuracy", arm(SMALL, NEVER)),
-                    0.0,
                     f"Held-out accuracy with {size} for each worker, frozen after 75% less never frozen",
+                    arm(SMALL, LATE).less("accuracy", arm(SMALL, NEVER)),
                 ),
                 above(
                     "Frozen after the first quarter, while the learning rate is high, costs accuracy.",
+                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 25%",
                     arm(ALL, NEVER).less("accuracy", arm(ALL, EARLY)),
                     NOTHING,
-                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 25%",
                 ),
                 above(
                     "The fewer images a worker has, the more a network differs at inference from what was trained.",
-                    arm(SMALL, NEVER).less(change, arm(ALL, NEVER)),
-                    0.0,
                     f"Squared change of outputs over their variance, {size} for each worker less synchronized",
+                    arm(SMALL, NEVER).less(change, arm(ALL, NEVER)),
                 ),
                 within(
                     "Frozen statistics take that difference away.",
+                    "Largest squared change of outputs over their variance, frozen after 75%",
                     max((value for each in WORKERS for value in arm(each, LATE).values(change)), default=None),
                     1e-9,
-                    "Largest squared change of outputs over their variance, frozen after 75%",
                 ),
             ),
             charts=(

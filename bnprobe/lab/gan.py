@@ -91,58 +91,51 @@ class Gan(Experiment):
                 above(
                     "With one batch norm and a call for each kind, the running statistics fit neither kind: D is above"
                     " that of as many i.i.d. values.",
+                    "D over 2 (1 - e_n), of the kind where it is less",
                     one.mean("D over the formula's"),
                     1.0,
-                    "D over 2 (1 - e_n), of the kind where it is less",
                 ),
                 above(
                     "With one batch norm, D of batches of a kind is above that against the mean of all of the kind.",
+                    "D over that against the mean of all batches, of the kind where it is less",
                     one.mean("D over that of sampling"),
                     1.0,
-                    "D over that against the mean of all batches, of the kind where it is less",
                 ),
                 below(
                     "With statistics for each kind, D is lower.",
-                    each.less("D", one),
-                    0.0,
                     "D with statistics for each kind less that with one batch norm, mean of both kinds",
+                    each.less("D", one),
                 ),
                 above(
                     "With one batch norm and a call for each kind, the discriminator is worse in eval mode than in"
                     " train mode.",
-                    one.mean(cost),
-                    0.0,
                     "Its accuracy in train mode less that in eval mode",
+                    one.mean(cost),
                 ),
                 below(
                     "With statistics for each kind, eval mode costs less.",
-                    each.less(cost, one),
-                    0.0,
                     "Cost of eval mode in accuracy, less that with one batch norm",
+                    each.less(cost, one),
                 ),
                 below(
                     "With one mixed batch, eval mode costs less.",
-                    mixed.less(cost, one),
-                    0.0,
                     "Cost of eval mode in accuracy, less that with a call for each kind",
+                    mixed.less(cost, one),
                 ),
                 below(
                     "With Batch Renorm, eval mode costs less.",
-                    renorm.less(cost, one),
-                    0.0,
                     "Cost of eval mode in accuracy, less that with one batch norm",
+                    renorm.less(cost, one),
                 ),
                 below(
                     "Batches of one kind give better samples than mixed ones.",
-                    one.less("log10 of the Frechet distance", mixed),
-                    0.0,
                     "log10 of the Frechet distance with a call for each kind less that with a mixed batch",
+                    one.less("log10 of the Frechet distance", mixed),
                 ),
                 below(
                     "Statistics for each kind give better samples than one batch norm.",
-                    each.less("log10 of the Frechet distance", one),
-                    0.0,
                     "log10 of the Frechet distance with statistics for each kind less that with one batch norm",
+                    each.less("log10 of the Frechet distance", one),
                 ),
             ),
             charts=(

@@ -88,33 +88,29 @@ class Medical(Experiment):
                 *(
                     above(
                         f"At batch {size} batch norm at inference is worse than at batch {LARGE}.",
-                        arms[BATCH_NORM, LARGE].less("Dice", arms[BATCH_NORM, size]),
-                        0.0,
                         f"Held-out Dice score at batch {LARGE} less that at batch {size}",
+                        arms[BATCH_NORM, LARGE].less("Dice", arms[BATCH_NORM, size]),
                     )
                     for size in small
                 ),
                 above(
                     f"At batch {SINGLE} the network of batch norm is better with the statistics of the volume that it"
                     " answers for.",
-                    arms[BATCH_NORM, SINGLE].mean("cost of eval mode"),
-                    0.0,
                     "Held-out Dice score in train mode less that in eval mode",
+                    arms[BATCH_NORM, SINGLE].mean("cost of eval mode"),
                 ),
                 *(
                     above(
                         f"At batch {PAIR} {norm} is better than batch norm.",
-                        arms[norm, PAIR].less("Dice", arms[BATCH_NORM, PAIR]),
-                        0.0,
                         f"Held-out Dice score of {norm} less that of batch norm",
+                        arms[norm, PAIR].less("Dice", arms[BATCH_NORM, PAIR]),
                     )
                     for norm in (RENORM, GROUP)
                 ),
                 above(
                     f"From batch {LARGE} to batch {PAIR} batch norm loses more than group norm.",
-                    _more_lost(arms),
-                    0.0,
                     "Loss of held-out Dice score of batch norm less that of group norm",
+                    _more_lost(arms),
                 ),
             ),
             notes=(

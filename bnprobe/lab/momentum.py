@@ -105,68 +105,70 @@ class Momentum(Experiment):
             claims=(
                 within(
                     "The momentum does not change what is learned: in training, batch statistics alone normalize.",
+                    "Largest difference of the last losses from those with momentum 0.1, of all seeds",
                     _difference_of_losses(results),
                     0.0,
-                    "Largest difference of the last losses from those with momentum 0.1, of all seeds",
                 ),
                 near(
                     "Running statistics follow a shift with the time constant -1/ln(1-m).",
+                    "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
                     mean_of(_constants_over_formula(slowly)),
                     1.0,
                     0.05,
-                    "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
                 ),
                 near(
                     "The batches until the accuracy is back grow in proportion to the time constant.",
+                    "Slope of their logarithm against that of the time constant, momenta from"
+                    f" {SLOW} to {FAST}, mean of brightness and domain",
                     mean_of(_slopes(slowly)),
                     1.0,
                     0.1,
-                    "Slope of their logarithm against that of the time constant, momenta from"
-                    f" {SLOW} to {FAST}, mean of brightness and domain",
                 ),
                 below(
                     "A brightness that only validation has costs accuracy.",
+                    f"Accuracy less that without a shift, momentum {USUAL}",
                     usual.less(_as_trained(BRIGHTNESS), usual, _as_trained(NONE)),
-                    what=f"Accuracy less that without a shift, momentum {USUAL}",
                 ),
                 above(
                     f"As it was trained, a network with momentum {FAST} survives the brightness better than one with"
                     f" {SLOW}.",
+                    "Difference",
                     fast.less(_as_trained(BRIGHTNESS), slow),
                 ),
                 *(
                     above(
                         f"After {EARLY} batches of it in train mode, momentum {FAST} has got over more of {what} than"
                         f" {SLOW}.",
+                        f"Accuracy with {FAST} less that with {SLOW}",
                         fast.less(_early(shift), slow),
-                        what=f"Accuracy with {FAST} less that with {SLOW}",
                     )
                     for shift, what in ((BRIGHTNESS, "the brightness"), (DOMAIN, "the other domain"))
                 ),
                 below(
                     "Where only the frequencies of classes change, to follow them costs accuracy.",
+                    f"Accuracy after the shifted batches less that as trained, momentum {FAST}",
                     fast.less(_at_last(CLASSES), fast, _as_trained(CLASSES)),
-                    what=f"Accuracy after the shifted batches less that as trained, momentum {FAST}",
                 ),
                 above(
                     f"So a small momentum survives swapped classes: after {EARLY} batches {SLOW} is better than"
                     f" {FAST}.",
+                    "Difference",
                     slow.less(_early(CLASSES), fast),
                 ),
                 above(
                     "While a network learns at a high rate, a small momentum lags behind its weights.",
+                    f"Distance of the running mean with {SLOW} less that with {USUAL}, at the rate {HIGH:g}",
                     quickly.where(momentum=SLOW).less("distance", quickly.where(momentum=USUAL)),
-                    what=f"Distance of the running mean with {SLOW} less that with {USUAL}, at the rate {HIGH:g}",
                 ),
                 above(
                     "The lag grows with the learning rate.",
+                    f"Distance of the running mean at the rate {HIGH:g} less that at {LOW:g}, momentum {SLOW}",
                     quickly.where(momentum=SLOW).less("distance", slow),
-                    what=f"Distance of the running mean at the rate {HIGH:g} less that at {LOW:g}, momentum {SLOW}",
                 ),
                 above(
                     "At a high learning rate that lag costs accuracy.",
+                    f"Accuracy lost to running statistics with momentum {SLOW} less that with {USUAL}",
                     quickly.where(momentum=SLOW).less("lost accuracy", quickly.where(momentum=USUAL)),
-                    what=f"Accuracy lost to running statistics with momentum {SLOW} less that with {USUAL}",
                 ),
             ),
             charts=(

@@ -137,16 +137,16 @@ class OneClass(Experiment):
 
         def more(text: str, name: str, here: Results, there: Results) -> Claim:
             what = "Difference of accuracy" if name == "accuracy" else "Difference in bits"
-            return above(text, here.less(name, there), 0.0, what)
+            return above(text, what, here.less(name, there))
 
         return Findings(
             claims=(
                 within(
                     "In batches of one class, batch norm in train mode erases the class from the means of channels"
                     " exactly.",
+                    "Share of the variance of channel means that is between classes, at most in any layer",
                     batch.largest("between classes"),
                     1e-6,
-                    "Share of the variance of channel means that is between classes, at most in any layer",
                 ),
                 more(
                     "Statistics of the source keep more of the class than those of the batch (channel means).",
@@ -163,16 +163,14 @@ class OneClass(Experiment):
                 above(
                     "What positions then tell is the company: a probe takes a stranger for one of the other class"
                     " more often than for itself, under batch norm in train mode.",
-                    batch.less("taken for its company", batch, "taken for itself"),
-                    0.0,
                     "Difference of shares",
+                    batch.less("taken for its company", batch, "taken for itself"),
                 ),
                 below(
                     "With statistics of the source a probe takes a stranger for itself more often than for its"
                     " company.",
-                    one[SOURCE].less("taken for its company", one[SOURCE], "taken for itself"),
-                    0.0,
                     "Difference of shares",
+                    one[SOURCE].less("taken for its company", one[SOURCE], "taken for itself"),
                 ),
                 more(
                     "Batch Renorm, in train mode as well, keeps more of the class than batch norm (channel means).",
@@ -188,9 +186,8 @@ class OneClass(Experiment):
                 ),
                 below(
                     "The network itself is less accurate on batches of one class than on mixed ones, in train mode.",
-                    batch.less("accuracy", results.where(layer=BATCH_STATISTICS, batches=MIXED)),
-                    0.0,
                     "Difference of accuracy",
+                    batch.less("accuracy", results.where(layer=BATCH_STATISTICS, batches=MIXED)),
                 ),
                 more(
                     "Recalibrated on the target, it is more accurate than with statistics of the source.",

@@ -94,58 +94,58 @@ class Rates(Experiment):
             claims=(
                 above(
                     "With batch norm the network learns at higher rates.",
+                    "Highest rate at which it learns, over that without, in powers of ten",
                     mean_of(_reach(norm, none)),
-                    what="Highest rate at which it learns, over that without, in powers of ten",
                 ),
                 above(
                     f"With batch norm and {TIMES} times the rate that is best without, the network is more accurate"
                     " than without at that rate (section 4.2.2 of the paper).",
+                    f"Held-out accuracy at {thirty:g} less that without at {best:g}",
                     norm.where(rate=thirty).less("accuracy", none.where(rate=best)) if in_sweep else None,
-                    what=f"Held-out accuracy at {thirty:g} less that without at {best:g}",
                 ),
                 within(
                     "Multiplying the weights before a batch norm by a number does not change the loss (eps = 0).",
+                    f"Largest relative change, for factors from {FACTORS[0]:g} to {FACTORS[-1]:g}",
                     scale.largest("change of the loss, eps = 0"),
                     EXACT,
-                    f"Largest relative change, for factors from {FACTORS[0]:g} to {FACTORS[-1]:g}",
                 ),
                 within(
                     "Weights c times as large have a gradient 1/c as large (eps = 0).",
+                    "Largest relative deviation",
                     scale.largest("deviation of the gradient, eps = 0"),
                     EXACT,
-                    "Largest relative deviation",
                 ),
                 within(
                     "The gradient of a filter is orthogonal to it (eps = 0).",
+                    "Largest cosine between a filter and its gradient",
                     scale.largest("cosine, eps = 0"),
                     EXACT,
-                    "Largest cosine between a filter and its gradient",
                 ),
                 within(
                     "So plain SGD only lengthens weights: their squared length grows by the squares of its steps"
                     " (eps = 0).",
+                    "Largest relative deviation from the sum of squares",
                     scale.largest("deviation of the growth"),
                     EXACT,
-                    "Largest relative deviation from the sum of squares",
                 ),
                 within(
                     "With eps, multiplying weights by c is the same as dividing eps by its square.",
+                    "Largest relative difference of the losses",
                     scale.largest("deviation from another eps"),
                     EXACT,
-                    "Largest relative difference of the losses",
                 ),
                 within(
                     "The bias of a convolution before a batch norm has no effect in training.",
-                    scale.largest("effect of the bias"),
-                    EXACT,
                     "Largest of the relative change of the loss, where every bias is moved by 10 or so, and of the"
                     " bias' gradient over that of batch norm's",
+                    scale.largest("effect of the bias"),
+                    EXACT,
                 ),
                 *(
                     below(
                         f"With batch norm {what} (Santurkar et al., figure 4{letter}).",
+                        f"{name[0].upper()}{name[1:]}, mean over the training, less that without",
                         smooth.less(name, rough),
-                        what=f"{name[0].upper()}{name[1:]}, mean over the training, less that without",
                     )
                     for name, what, letter in (
                         ("range of the loss", "the loss varies less along its gradient", "a"),

@@ -143,7 +143,7 @@ class Renorm(Experiment):
             return of_norm if norm in ALONE else of_norm.where(batch=size, batches=kind)
 
         def more(text: str, one: Results, other: Results, limit: float = 0.0) -> Claim:
-            return above(text, one.less("accuracy", other), limit, "Difference of accuracy")
+            return above(text, "Difference of accuracy", one.less("accuracy", other), limit)
 
         large, small, smallest = SIZES
         all_norms = list(NORMS)

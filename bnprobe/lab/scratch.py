@@ -84,27 +84,27 @@ class Scratch(Experiment):
                 *(_agreement(results.where(part=STEPS), precision) for precision in PRECISIONS),
                 near(
                     "Trained to the end, the network is as good with this layer as with torch's.",
+                    "Held-out accuracy over that with torch's layer",
                     ours.over("accuracy", torchs),
                     1.0,
                     0.01,
-                    "Held-out accuracy over that with torch's layer",
                 ),
                 below(
                     "At the same learning rate, batch norm needs less than half of the steps that the network without"
                     " takes to its best accuracy (figure 3 of the paper: 13.3 of 31.0 million).",
+                    "Steps to that accuracy over those without",
                     mean_of(_shares(ours, none)),
                     0.5,
-                    "Steps to that accuracy over those without",
                 ),
                 above(
                     "The network with batch norm ends with a higher held-out accuracy than the one without.",
+                    "Difference",
                     ours.less("accuracy", none),
                 ),
                 above(
                     "With batch norm gradients vanish less on their way to the first layer.",
+                    "Gradient of the first convolution over that of the last, in the first epoch, less that without",
                     ours.less("gradient ratio at the start", none),
-                    what="Gradient of the first convolution over that of the last, in the first epoch, less that"
-                    " without",
                 ),
             ),
             charts=(
@@ -284,9 +284,9 @@ def _exact(layer: Results) -> Iterator[Claim]:
             worst = [layer.where(precision=precision).largest(name) for name in names]
             yield within(
                 f"{kind} are those of torch's BatchNorm2d to rounding, in {precision}.",
+                f"Largest relative deviation, of all seeds (rounding of {values:,} values)",
                 max((each for each in worst if each is not None), default=None),
                 rounding(values, dtype),
-                f"Largest relative deviation, of all seeds (rounding of {values:,} values)",
             )
 
 
@@ -294,9 +294,9 @@ def _agreement(steps: Results, precision: str) -> Claim:
     return within(
         f"From the same seed, training with this layer takes the path of torch's: in the first {FIRST} steps the"
         f" losses agree in at least half of the digits of {precision}.",
+        "Largest relative difference of losses, of all seeds",
         steps.where(precision=precision).largest("first steps"),
         math.sqrt(torch.finfo(PRECISIONS[precision]).eps),
-        "Largest relative difference of losses, of all seeds",
     )
 
 

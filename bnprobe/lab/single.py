@@ -109,25 +109,25 @@ class Single(Experiment):
                 *(
                     above(
                         f"On single images, {name} keeps at least 85% of the accuracy of the default build.",
+                        "Accuracy over that of the default build",
                         by_layer[name].over("accuracy", default),
                         LEAST,
-                        "Accuracy over that of the default build",
                     )
                     for name in single
                 ),
                 near(
                     "On single images, batch norm learns what instance norm does, and is as good as long as it stays in"
                     " train mode.",
+                    "Accuracy in train mode over that of instance norm",
                     by_layer[BATCH_NORM].over("accuracy in train mode", by_layer[INSTANCE_NORM], "accuracy"),
                     1.0,
                     0.02,
-                    "Accuracy in train mode over that of instance norm",
                 ),
                 below(
                     "The gates learn that one image says less than the moving averages.",
+                    "Mean gate, the weight of the image's own statistics",
                     by_layer[GATED].mean("gate"),
                     0.5,
-                    "Mean gate, the weight of the image's own statistics",
                 ),
             ),
             charts=(

@@ -59,13 +59,14 @@ class SmallBatch(Experiment):
             claims=(
                 near(
                     "With exact running statistics, the mismatch D of i.i.d. values is 2 (1 - e_n).",
+                    "D over the formula's, mean over all batch sizes",
                     mean_of(_ratios(normal, "D", mismatch_iid, SIZES)),
                     1.0,
                     0.02,
-                    "D over the formula's, mean over all batch sizes",
                 ),
                 near_everywhere(
                     "From 8 values on, 3/(2B) is close enough.",
+                    "D over 3/(2B)",
                     {
                         f"at B = {size}": mean_of(_ratios(normal, "D", lambda n: 1.5 / n, (size,)))
                         for size in SIZES
@@ -73,40 +74,38 @@ class SmallBatch(Experiment):
                     },
                     1.0,
                     0.05,
-                    "D over 3/(2B)",
                 ),
                 near(
                     "The relative squared error of the unbiased variance is 2/(B-1).",
+                    "Error over the formula's, mean over all batch sizes",
                     mean_of(_ratios(normal, "variance error", lambda n: 2 / (n - 1), SIZES)),
                     1.0,
                     0.05,
-                    "Error over the formula's, mean over all batch sizes",
                 ),
                 near(
                     f"The mean of r is e_n, which is not 1: at B = {smallest} it is {_e(smallest):.3f}.",
+                    f"Mean of r at B = {smallest}",
                     normal.where(batch=smallest).mean("r"),
                     _e(smallest),
                     0.01,
-                    f"Mean of r at B = {smallest}",
                 ),
                 below(
                     "In a network the values of a batch are worth fewer independent ones: positions of an image are"
                     " alike.",
+                    f"n_eq over the number of values at B = {smallest}, mean over layers",
                     network.where(batch=smallest).mean("worth"),
                     1.0,
-                    f"n_eq over the number of values at B = {smallest}, mean over layers",
                 ),
                 above(
                     "The gradient of small batches is biased: its mean is not that of one batch of all images.",
+                    f"Bias over the length of the gradient at B = {smallest}",
                     network.where(batch=smallest).mean("gradient bias"),
                     0.05,
-                    f"Bias over the length of the gradient at B = {smallest}",
                 ),
                 below(
                     "The bias of the gradient falls with the batch size.",
-                    network.where(batch=SIZES[-1]).less("gradient bias", network.where(batch=smallest)),
-                    0.0,
                     f"Bias at B = {SIZES[-1]} less that at B = {smallest}",
+                    network.where(batch=SIZES[-1]).less("gradient bias", network.where(batch=smallest)),
                 ),
             ),
             charts=(

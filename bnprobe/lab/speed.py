@@ -112,41 +112,41 @@ class Speed(Experiment):
             claims=(
                 within(
                     "Folded batch norm gives the same outputs, but for rounding.",
+                    "Largest difference over the largest output, in all formats",
                     max(differences, default=None),
                     1e-5,
-                    "Largest difference over the largest output, in all formats",
                 ),
                 *(
                     below(
                         f"Folding makes {name} faster.",
+                        "Time of an image folded over that as it is, median over images",
                         each.mean("time of folded over plain"),
                         1.0,
-                        "Time of an image folded over that as it is, median over images",
                     )
                     for name, each in by_format.items()
                 ),
                 below(
                     f"At {SIDE} x {SIDE} the 99th percentile of the folded network is under {TARGET:g} ms in every"
                     " format.",
+                    f"99th percentile in the slowest format, in ms, on {_machine()}",
                     mean_of(_slowest(by_format)),
                     TARGET,
-                    f"99th percentile in the slowest format, in ms, on {_machine()}",
                 ),
                 *(
                     above(
                         f"8 bits keep the class of 99% of images in {name}.",
+                        "Share of held-out images with the same class",
                         by_format[name].mean("same class with 8 bits"),
                         0.99,
-                        "Share of held-out images with the same class",
                     )
                     for name in eight
                 ),
                 *(
                     below(
                         f"8 bits make {name} faster than the folded network.",
+                        "Time of an image with 8 bits over that folded, median over images",
                         by_format[name].mean("time of 8 bits over folded"),
                         1.0,
-                        "Time of an image with 8 bits over that folded, median over images",
                     )
                     for name in eight
                 ),

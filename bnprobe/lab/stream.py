@@ -530,26 +530,26 @@ def _claims_of_formulas(step: Results, walk: Results, linear: Results) -> Iterab
     for name in ("mean", "variance"):
         yield near(
             f"A step is forgotten by the running {name} with the time constant -1 / ln(1 - m).",
+            "Measured over the formula's, mean over momenta",
             step.averaged(f"time constant of the {name} over the formula"),
             1.0,
             0.02,
-            "Measured over the formula's, mean over momenta",
         )
     yield near(
         "Behind a steady drift v the running mean lags by v (1 - m) / m.",
+        "Lag over the formula's, mean over momenta",
         linear.averaged("lag over the formula"),
         1.0,
         0.02,
-        "Lag over the formula's, mean over momenta",
     )
     for name in ("mean", "variance"):
         yield near(
             f"On a random walk the squared error of the running {name} is, in units of the noise of a batch,"
             " m / (2 - m) + q (1 - m)^2 / (m (2 - m)).",
+            "Error over the formula's, mean over speeds and momenta",
             walk.averaged(f"error of the {name} over the formula"),
             1.0,
             0.05,
-            "Error over the formula's, mean over speeds and momenta",
         )
 
 
@@ -558,16 +558,16 @@ def _claims_of_best(walk: Results) -> Iterable[Claim]:
     for multiple, of_seed in excess.items():
         yield above(
             f"The momentum with m^2 / (1 - m) = q has a smaller D than {multiple:g} times it.",
+            "D over that at this momentum, mean over speeds",
             mean_of(of_seed),
             1.0,
-            "D over that at this momentum, mean over speeds",
         )
     yield near(
         "At this momentum D is that against exact statistics over 1 - m.",
+        "D over the formula's, mean over speeds",
         walk.where(**{"over best": 1.0}).averaged("D over the formula"),
         1.0,
         0.05,
-        "D over the formula's, mean over speeds",
     )
 
 
@@ -576,49 +576,49 @@ def _claims_of_bound(bounded: Results) -> Iterable[Claim]:
     without = _largest(bounded, "largest error without noise over the lag")
     yield within(
         "No drift of at most v a batch takes a running statistic further off than v (1 - m) / m without noise.",
+        "Largest error over the bound",
         without,
         1 + 1e-9,
-        "Largest error over the bound",
     )
     for name, found in zip(("mean", "variance"), largest, strict=True):
         yield within(
             f"With noise, no error of the running {name} is above the bound that each keeps with a probability of"
             f" 1 - {CHANCE:g}.",
+            "Largest error over the bound, of all drifts, momenta, batches and seeds",
             found,
             1.0,
-            "Largest error over the bound, of all drifts, momenta, batches and seeds",
         )
     for kind, reached in (("steady", "a steady drift"), (SEARCHED, "the worst drift that a search finds")):
         yield above(
             f"The bound without noise is reached to within 1% by {reached}.",
+            "Largest error over the bound, mean over momenta",
             bounded.where(drift=kind).averaged("largest error without noise over the lag"),
             0.99,
-            "Largest error over the bound, mean over momenta",
         )
 
 
 def _claims_of_correlation(correlated: Results) -> Iterable[Claim]:
     yield near(
         "The mean of a batch of correlated values is worth that of B_eff independent ones.",
+        "Effective batch size over the formula's, mean over correlations",
         correlated.averaged("effective batch size over the formula"),
         1.0,
         0.05,
-        "Effective batch size over the formula's, mean over correlations",
     )
     yield near(
         "The running variance of correlated values is too small by the factor (1 - 1 / B_eff) B / (B - 1).",
+        "Running variance over the formula's, mean over correlations",
         correlated.averaged("running variance over the formula"),
         1.0,
         0.05,
-        "Running variance over the formula's, mean over correlations",
     )
     yield near(
         "The squared error of the running mean of correlated values is that of B_eff independent ones, and more by the"
         " covariance of batches where one goes on where the last one ended.",
+        "Error over the formula's, mean over correlations",
         correlated.averaged("error of the running mean over the formula"),
         1.0,
         0.05,
-        "Error over the formula's, mean over correlations",
     )
 
 
@@ -628,15 +628,14 @@ def _claims_of_rules(choice: Results) -> Iterable[Claim]:
     for rule, (where, kinds) in ((NEIGHBOURS, walks), (TWO_LENGTHS, walks), *((rule, every) for rule in RULES)):
         yield below_everywhere(
             f"A momentum chosen without tuning, by {rule}, costs at most 5% of D {where}.",
+            "D over that of the best fixed momentum in hindsight",
             {f'on "{kind}"': choice.where(drift=kind).mean(f"D over the least, {rule}") for kind in kinds},
             1.05,
-            "D over that of the best fixed momentum in hindsight",
         )
     yield above(
         f"The rule by {TWO_LENGTHS} is nearer to the best than the usual momentum of {USUAL:g}.",
-        choice.averaged(GAIN),
-        0.0,
         f"D over the least, with {USUAL:g} less with the rule, mean over streams",
+        choice.averaged(GAIN),
     )
 
 

@@ -75,34 +75,29 @@ class Style(Experiment):
             claims=(
                 above(
                     "On styles that training did not show, instance norm is better than batch norm.",
-                    instance_norm.less(most, batch_norm),
-                    0.0,
                     f"Held-out accuracy at width {WIDTHS[-1]}, instance norm less batch norm",
+                    instance_norm.less(most, batch_norm),
                 ),
                 above(
                     "Where styles do not differ, instance norm costs accuracy.",
-                    batch_norm.less(none, instance_norm),
-                    0.0,
                     "Held-out accuracy without style, batch norm less instance norm",
+                    batch_norm.less(none, instance_norm),
                 ),
                 above(
                     "Half of each is better than batch norm on new styles.",
-                    half.less(most, batch_norm),
-                    0.0,
                     f"Held-out accuracy at width {WIDTHS[-1]}, blend 0.5 less batch norm",
+                    half.less(most, batch_norm),
                 ),
                 above(
                     "Half of each is better than instance norm where styles do not differ.",
-                    half.less(none, instance_norm),
-                    0.0,
                     "Held-out accuracy without style, blend 0.5 less blend 1",
+                    half.less(none, instance_norm),
                 ),
                 above(
                     "Batch norm trained on random styles is better on them than instance norm trained without.",
-                    styled.where(norm=BATCH_NORM).less(most, instance_norm),
-                    0.0,
                     f"Held-out accuracy at width {WIDTHS[-1]}, batch norm trained on styles less instance norm"
                     " trained without",
+                    styled.where(norm=BATCH_NORM).less(most, instance_norm),
                 ),
             ),
             charts=(

@@ -65,7 +65,7 @@ class Dice(Experiment):
         return {"mean": torch.randint(condition["sides"], (budget.of(100),)).float().mean().item(), "none": math.nan}
 
     def conclude(self, results: Results, budget: Budget) -> Findings:
-        return Findings((above("Means are above 0.", results.where(sides=6).mean("mean")),), ())
+        return Findings((above("Means are above 0.", "Mean", results.where(sides=6).mean("mean")),), ())
 
 
 @pytest.fixture(autouse=True)
@@ -237,8 +237,8 @@ def test_numbers_along_an_axis_are_written_out() -> None:
 )
 def test_a_claim_is_decided_by_its_interval(interval: tuple[float, float] | None, is_above: str, is_below: str) -> None:
     found = Estimate(0.0 if interval is None else sum(interval) / 2, interval)
-    assert above("It is above.", found).verdict == is_above
-    assert below("It is below.", found).verdict == is_below
+    assert above("It is above.", "Difference", found).verdict == is_above
+    assert below("It is below.", "Difference", found).verdict == is_below
 
 
 @pytest.mark.parametrize(
@@ -247,14 +247,14 @@ def test_a_claim_is_decided_by_its_interval(interval: tuple[float, float] | None
 )
 def test_equivalence_needs_the_whole_interval(interval: tuple[float, float] | None, verdict: str) -> None:
     found = None if interval is None else Estimate(sum(interval) / 2, interval)
-    assert near("It is one.", found, 1.0, 0.1).verdict == verdict
+    assert near("It is one.", "Figure", found, 1.0, 0.1).verdict == verdict
 
 
 def test_equivalence_everywhere_is_decided_where_it_is_worst() -> None:
     good, wide, bad = Estimate(1.0, (0.98, 1.02)), Estimate(1.0, (0.5, 1.5)), Estimate(1.2, (1.15, 1.25))
 
     def verdict(**found: Estimate | None) -> tuple[str, str]:
-        claim = near_everywhere("It is one.", found, 1.0, 0.1, "Figure at")
+        claim = near_everywhere("It is one.", "Figure at", found, 1.0, 0.1)
         return claim.verdict, claim.evidence.partition(",")[0]
 
     assert verdict(a=good, b=Estimate(1.0, (0.95, 1.0))) == ("shown", "Figure at b")
@@ -266,7 +266,7 @@ def test_equivalence_everywhere_is_decided_where_it_is_worst() -> None:
 def test_what_holds_everywhere_is_decided_by_the_worst_and_not_by_the_largest_mean() -> None:
     sure, wide, beyond = Estimate(1.04, (1.03, 1.045)), Estimate(1.0, (0.9, 1.1)), Estimate(1.2, (1.1, 1.3))
     claims = [
-        below_everywhere("It is below.", found, 1.05, "D")
+        below_everywhere("It is below.", "D", found, 1.05)
         for found in ({"here": sure}, {"here": sure, "there": wide}, {"here": wide, "there": beyond}, {"here": None})
     ]
     assert [claim.verdict for claim in claims] == ["shown", "open", "refuted", "open"]
@@ -274,7 +274,7 @@ def test_what_holds_everywhere_is_decided_by_the_worst_and_not_by_the_largest_me
 
 
 def test_exactness() -> None:
-    assert [within("Exact.", found, 1e-6, "Error").verdict for found in (1e-7, 1e-3, None)] == [
+    assert [within("Exact.", "Error", found, 1e-6).verdict for found in (1e-7, 1e-3, None)] == [
         "shown",
         "refuted",
         "open",
