@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from bnprobe.numbers import percent, score
@@ -66,9 +67,30 @@ class Experiment(ABC):
     def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
         """Measure one condition; everything random was seeded with ``seed``, and torch has one thread."""
 
-    @abstractmethod
+    def claims(self, results: Results, budget: Budget) -> Iterable[Claim]:
+        """What was to be shown, the most important first, and whether it was; some trials may have no figures."""
+        raise NotImplementedError
+
+    def charts(self, results: Results, budget: Budget) -> Iterable[LabChart]:
+        """The first one stands for the experiment in lists."""
+        raise NotImplementedError
+
+    def tables(self, results: Results, budget: Budget) -> Iterable[LabTable]:
+        """Figures that no chart shows."""
+        return ()
+
+    def notes(self, results: Results, budget: Budget) -> Iterable[str]:
+        """What the reader should know, a sentence each."""
+        return ()
+
     def conclude(self, results: Results, budget: Budget) -> Findings:
-        """What the trials show, whatever it is; some of them may have no figures."""
+        """All of these."""
+        parts = (self.claims, self.charts, self.tables, self.notes)
+        return Findings(*(tuple(part(results, budget)) for part in parts))  # type: ignore[arg-type]
+
+
+class MissingFigureError(LookupError):
+    """No trial has a figure that is asked for."""
 
 
 class Results:
@@ -108,26 +130,41 @@ class Results:
                 found[trial.seed] = float(value)
         return found
 
+    def value(self, name: str, **condition: str | int | float | bool) -> float:
+        """A figure of the one trial with these settings, where the trials are of one seed.
+
+        Raises:
+            MissingFigureError: There is no such trial, or it has no such figure.
+        """
+        values = list(self.where(**condition).by_seed(name).values())
+        if not values:
+            raise MissingFigureError(name)
+        return values[0]
+
     def values(self, name: str) -> list[float]:
-        """A figure of each trial, in the order of seeds."""
-        return list(self.by_seed(name).values())
+        """A figure of all trials that have it, in their order."""
+        found = (trial.values.get(name) for trial in self.trials)
+        return [float(value) for value in found if isinstance(value, int | float)]
+
+    def largest(self, *names: str) -> float | None:
+        """The largest of these figures, of all trials; None: no trial has one."""
+        return max((value for name in names for value in self.values(name)), default=None)
 
     def mean(self, name: str) -> Estimate | None:
         """The mean of a figure over seeds with its 95% t interval; None: no trial has it."""
-        return mean_of(self.values(name))
-
-    def largest(self, name: str) -> float | None:
-        """The largest of a figure, of all seeds; None: no trial has it."""
-        return max(self.values(name), default=None)
+        return mean_of(list(self.by_seed(name).values()))
 
     def averaged(self, name: str) -> Estimate | None:
-        """The same of the mean over all conditions of a seed."""
-        found: dict[int, list[float]] = {}
-        for trial in self.trials:
-            value = trial.values.get(name)
-            if isinstance(value, int | float):
-                found.setdefault(trial.seed, []).append(float(value))
-        return mean_of([math.fsum(values) / len(values) for values in found.values()])
+        """As `mean`, of the mean of a figure over all conditions of a seed."""
+        return self.each_seed(lambda of_seed: average(of_seed.values(name)))
+
+    def each_seed(self, figure: Callable[[Results], float]) -> Estimate | None:
+        """As `mean`, of what a function makes of the trials of each seed; a seed that misses a figure is left out."""
+        found = []
+        for seed in dict.fromkeys(trial.seed for trial in self.trials):
+            with suppress(MissingFigureError):
+                found.append(figure(Results(trial for trial in self.trials if trial.seed == seed)))
+        return mean_of(found)
 
     def less(self, name: str, other: Results, its: str | None = None) -> Estimate | None:
         """The mean difference of a figure from one of other trials of the same seeds, paired by seed.
@@ -175,11 +212,22 @@ class Results:
         return series(name, x, [mean_of(values) for values in places])
 
 
+def average(values: Sequence[float]) -> float:
+    """The mean.
+
+    Raises:
+        MissingFigureError: There are no values.
+    """
+    if not values:
+        raise MissingFigureError
+    return math.fsum(values) / len(values)
+
+
 def mean_of(values: Sequence[float]) -> Estimate | None:
     """The mean with its 95% t interval; None: there are no values."""
     if not values:
         return None
-    mean = math.fsum(values) / len(values)
+    mean = average(values)
     half = half_width(len(values), 0.0, math.fsum((value - mean) ** 2 for value in values))  # centred: no cancellation
     return Estimate(mean, None if half is None else (mean - half, mean + half))
 
