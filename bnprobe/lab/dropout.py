@@ -124,8 +124,6 @@ class Dropout(Experiment):
                     "Variance in training over that at inference",
                     "rate of dropout",
                     "ratio of variances",
-                    "linear",
-                    "linear",
                     (
                         before.series("variance shift", "rate", BEFORE),
                         replace(before.series("variance shift by the formula", "rate", "formula"), theory=True),
@@ -141,8 +139,6 @@ class Dropout(Experiment):
                     "Held-out accuracy",
                     "rate of dropout",
                     "accuracy",
-                    "linear",
-                    "linear",
                     (
                         before.series("accuracy", "rate", BEFORE),
                         before.series(RECALIBRATED, "rate", f"{BEFORE}, statistics taken anew"),

@@ -162,8 +162,6 @@ def _chart(simulated: Results, figure: str, title: str, unit: str) -> LabChart:
         title,
         "frozen after",
         unit,
-        "linear",
-        "log" if figure == "loss" else "linear",
         tuple(
             simulated.series(figure, "frozen after", f"{BATCH // workers} per worker", workers=workers)
             for workers in WORKERS
@@ -172,6 +170,7 @@ def _chart(simulated: Results, figure: str, title: str, unit: str) -> LabChart:
             f"Statistics of so many images of a batch of {BATCH}, frozen after that part of the training;"
             f" {BATCH} is what synchronized statistics come to.",
         ),
+        y_scale="log" if figure == "loss" else "linear",
     )
 
 
@@ -188,13 +187,13 @@ def _chart_of_change(found: Sequence[Estimate | None]) -> LabChart:
         "How much a network differs at inference from training",
         "images for each worker, n",
         "squared change of outputs over their variance",
-        "log",
-        "log",
         (series("never frozen", sizes, found), *noise),
         (
             "On training images, in parts as in training; 0 where statistics are frozen.",
             f"The variance of a mean over n images is as 1 / n; drawn from n = {sizes[-1]} on.",
         ),
+        x_scale="log",
+        y_scale="log",
     )
 
 

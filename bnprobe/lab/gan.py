@@ -190,7 +190,7 @@ def _chart(
         replace(results.series(figure, "discriminator", called), theory="formula" in figure)
         for figure, called in series.items()
     )
-    return LabChart(name, title, "discriminator", y, "linear", scale, shown, legend)
+    return LabChart(name, title, "discriminator", y, shown, legend, y_scale=scale)
 
 
 # --- The game ---------------------------------------------------------------------------------------------------------

@@ -177,8 +177,6 @@ class Momentum(Experiment):
                     "Accuracy in eval mode while brighter batches pass in train mode",
                     "batches of the shifted images",
                     "share of right answers",
-                    "log",
-                    "linear",
                     tuple(
                         slowly.where(momentum=momentum).along(
                             f"accuracies, {BRIGHTNESS}", _grid(momentum, budget), f"momentum {momentum:g}"
@@ -186,14 +184,13 @@ class Momentum(Experiment):
                         for momentum in MOMENTA
                     ),
                     (f"Each momentum is followed for {CONSTANTS} time constants.",),
+                    x_scale="log",
                 ),
                 LabChart(
                     "time",
                     f"Batches until the accuracy is within {BACK:g} of where it ends",
                     "time constant -1/ln(1-m), batches",
                     "batches",
-                    "log",
-                    "log",
                     (
                         *(
                             series(
@@ -210,14 +207,14 @@ class Momentum(Experiment):
                         ),
                         formula("the formula's time constant", constants, lambda constant: constant),
                     ),
+                    x_scale="log",
+                    y_scale="log",
                 ),
                 LabChart(
                     "shifts",
                     "Accuracy in eval mode as trained",
                     "shift at validation",
                     "share of right answers",
-                    "linear",
-                    "linear",
                     tuple(
                         series(
                             f"momentum {momentum:g}",
@@ -232,13 +229,13 @@ class Momentum(Experiment):
                     "How far running means are from those of the population, in training",
                     "momentum",
                     "root mean square, standard deviations",
-                    "log",
-                    "log",
                     tuple(
                         results.series("distance", "momentum", f"learning rate {rate:g}", rate=rate)
                         for rate in (HIGH, LOW)
                     ),
                     ("Small momenta lag, and keep some of the initial values; large ones have the noise of a batch.",),
+                    x_scale="log",
+                    y_scale="log",
                 ),
             ),
             tables=(_scores(slowly),),

@@ -202,8 +202,6 @@ class OneClass(Experiment):
                     "What the last normalization tells of the class, in batches of one class",
                     "layer",
                     "bits",
-                    "linear",
-                    "linear",
                     tuple(
                         series(
                             f"{what}, {probe}", list(STATES), [one[each].mean(_name(3, what, probe)) for each in STATES]
@@ -218,8 +216,6 @@ class OneClass(Experiment):
                     "What a probe takes a stranger for: an image in a batch of another class",
                     "layer",
                     "share of strangers",
-                    "linear",
-                    "linear",
                     tuple(
                         series(name, list(STATES), [found.mean(name) for found in one.values()])
                         for name in ("taken for itself", "taken for its company")
@@ -231,8 +227,6 @@ class OneClass(Experiment):
                     "What each normalization tells to a linear probe on all positions, in batches of one class",
                     "normalization, from the input",
                     "bits",
-                    "linear",
-                    "linear",
                     tuple(
                         series(
                             state,
@@ -247,8 +241,6 @@ class OneClass(Experiment):
                     "Accuracy of the network itself, in batches of one class",
                     "layer",
                     "share of right answers",
-                    "linear",
-                    "linear",
                     tuple(
                         series(target, list(STATES), [found.mean(f"accuracy, {target}") for found in one.values()])
                         for target in TARGETS

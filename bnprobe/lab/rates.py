@@ -160,18 +160,15 @@ class Rates(Experiment):
                     "Held-out accuracy against the learning rate",
                     "learning rate",
                     "share of right answers",
-                    "log",
-                    "linear",
                     tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in (NORM, NONE)),
                     (f"SGD with momentum 0.9, batches of {BATCH}, {_steps(budget):,} steps.",),
+                    x_scale="log",
                 ),
                 LabChart(
                     "scale",
                     f"How inexact eps = {EPS:g} makes it",
                     "factor of the weights",
                     "relative change of the loss",
-                    "log",
-                    "log",
                     (
                         scale.along("change of the loss with eps", FACTORS, "weights times the factor"),
                         replace(
@@ -183,6 +180,8 @@ class Rates(Experiment):
                         "Small weights feel eps, as it is no longer small against the variance; for large ones it is"
                         " as if it were left out.",
                     ),
+                    x_scale="log",
+                    y_scale="log",
                 ),
                 *(
                     LabChart(
@@ -190,10 +189,9 @@ class Rates(Experiment):
                         title,
                         "steps of training",
                         y,
-                        "linear",
-                        "log",
                         (smooth.along(figure, steps, NORM), rough.along(figure, steps, NONE)),
                         legend,
+                        y_scale="log",
                     )
                     for name, title, y, figure, legend in (
                         (

@@ -213,13 +213,12 @@ class Renorm(Experiment):
                     f"Accuracy {start}, batches {kind}",
                     "images of a batch",
                     "share of right answers, held out",
-                    "log",
-                    "linear",
                     tuple(
                         series(norm, SIZES, [arm(norm, size, kind, start).mean("accuracy") for size in SIZES])
                         for norm in norms
                     ),
                     (legend,),
+                    x_scale="log",
                 )
                 for name, start, kind, norms, legend in (
                     ("scratch-sorted", SCRATCH, SORTED, all_norms, _NO_STATISTICS),

@@ -113,21 +113,18 @@ class Scratch(Experiment):
                     "Loss in training",
                     "epochs",
                     "cross entropy, mean over an epoch",
-                    "linear",
-                    "log",
                     tuple(
                         arm.along("loss", epochs, name)
                         for arm, name in ((ours, "batch norm from the equations"), (torchs, "torch's"), (none, NONE))
                     ),
                     (f"Learning rate {RATE} with momentum 0.9, batches of {BATCH}, for all.",),
+                    y_scale="log",
                 ),
                 LabChart(
                     "accuracy",
                     "Held-out accuracy",
                     "epochs",
                     "share of right answers",
-                    "linear",
-                    "linear",
                     (ours.along("accuracies", epochs, "batch norm"), none.along("accuracies", epochs, NONE)),
                 ),
                 LabChart(
@@ -135,22 +132,19 @@ class Scratch(Experiment):
                     "Length of the gradient",
                     "epochs",
                     "length, mean over an epoch",
-                    "linear",
-                    "log",
                     tuple(
                         arm.along(f"gradient of the {layer} convolution", epochs, f"{layer} convolution, {name}")
                         for arm, name in ((ours, "batch norm"), (none, NONE))
                         for layer in ("first", "last")
                     ),
                     ("Where the two lines of a network are far apart, the gradient vanishes or explodes on its way.",),
+                    y_scale="log",
                 ),
                 LabChart(
                     "rounding",
                     "How far losses with this layer and with torch's are apart",
                     "steps",
                     "difference of the losses over the loss",
-                    "log",
-                    "log",
                     tuple(
                         results.where(part=STEPS, precision=precision).along("difference", steps, precision)
                         for precision in PRECISIONS
@@ -159,6 +153,8 @@ class Scratch(Experiment):
                         "Training magnifies rounding: after many steps two runs that differ in a last digit are apart."
                         " A mean difference of zero is not drawn.",
                     ),
+                    x_scale="log",
+                    y_scale="log",
                 ),
             ),
             tables=(_deviations(results.where(part=LAYER)),),

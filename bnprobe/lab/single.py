@@ -136,8 +136,6 @@ class Single(Experiment):
                     "Accuracy on batches of one image",
                     "layer",
                     "share of the default build's",
-                    "linear",
-                    "linear",
                     (
                         series(
                             "at inference",
@@ -157,8 +155,6 @@ class Single(Experiment):
                     "Accuracy while learning",
                     "images seen",
                     "share of right answers, held out",
-                    "linear",
-                    "linear",
                     tuple(
                         series(name, seen, [found.mean(_after("accuracy", each)) for each in seen])
                         for name, found in by_layer.items()
@@ -169,8 +165,6 @@ class Single(Experiment):
                     "What the gates learn",
                     "images seen",
                     "mean weight of the image's own statistics",
-                    "linear",
-                    "linear",
                     tuple(
                         series(
                             f"layer {number}",

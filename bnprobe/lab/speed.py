@@ -179,7 +179,7 @@ def _slowest(by_format: Mapping[str, Results]) -> list[float]:
 def _chart(name: str, title: str, figure: str, results: Results) -> LabChart:
     variants = tuple(results.series(f"{figure}, {variant}", "format", variant) for variant in (PLAIN, FOLDED, INT8))
     legend = f"The target is {TARGET:g} ms."
-    return LabChart(name, title, "format", "milliseconds", "linear", "linear", variants, (legend,))
+    return LabChart(name, title, "format", "milliseconds", variants, (legend,))
 
 
 def _left(results: Results) -> str:

@@ -663,8 +663,6 @@ def _chart_of_walks(walk: Results) -> LabChart:
         "D on a random walk",
         "momentum over the best",
         "D over that against exact statistics",
-        "log",
-        "log",
         (
             *(walk.series("D over N", "over best", f"q = {speed:g}", speed=speed) for speed in SPEEDS),
             *(formula(f"formula for q = {speed:g}", MULTIPLES, expected(speed)) for speed in SPEEDS),
@@ -673,6 +671,8 @@ def _chart_of_walks(walk: Results) -> LabChart:
             "q is the variance of a step over that of the noise of a batch, for the mean and for the variance.",
             f"The best momentum by the formula, where m^2 / (1 - m) = q, is {best}.",
         ),
+        x_scale="log",
+        y_scale="log",
     )
 
 
@@ -683,8 +683,6 @@ def _chart_of_steps(step: Results) -> LabChart:
         "What is left of a step in the running mean",
         "batches after the step",
         "error over the step",
-        "linear",
-        "linear",
         (
             *(
                 step.where(momentum=momentum).along("left of the step of the mean", AFTER, f"momentum {momentum:g}")
@@ -704,8 +702,6 @@ def _chart_of_bound(bounded: Results) -> LabChart:
         f"The largest error under drifts of at most {DRIFT:g} standard deviations a batch",
         "drift",
         "largest error of the running mean over its bound",
-        "linear",
-        "linear",
         tuple(
             bounded.series(
                 "largest error of the mean over the bound", "drift", f"momentum {momentum:g}", momentum=momentum
@@ -724,13 +720,12 @@ def _chart_of_rules(choice: Results) -> LabChart:
         "Momenta chosen without tuning",
         "stream",
         "D over that of the best fixed momentum",
-        "linear",
-        "log",
         tuple(choice.series(figure, "drift", name) for figure, name in names.items()),
         (
             "The best fixed momentum is that of least D in hindsight, of "
             f"{len(GRID)} from {GRID[0]:g} to {GRID[-1]:g}, for each layer by itself.",
         ),
+        y_scale="log",
     )
 
 

@@ -117,8 +117,6 @@ def _chart(name: str, title: str, results: Results) -> LabChart:
         title,
         "weight of the image's own statistics",
         "held-out accuracy",
-        "linear",
-        "linear",
         tuple(series),
         ("Width: standard deviation of log gain and of the offset, and twice that of log contrast.",),
     )

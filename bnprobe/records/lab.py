@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bnprobe.records.base import SCHEMA_VERSION, Environment, Record, Tool
@@ -69,8 +69,8 @@ class LabChart(Record):
     title: str
     x: str
     y: str
-    x_scale: Scale
-    y_scale: Scale
+    x_scale: Scale = field(default="linear", kw_only=True)
+    y_scale: Scale = field(default="linear", kw_only=True)
     series: tuple[LabSeries, ...]
     legend: tuple[str, ...] = ()
 

@@ -217,7 +217,7 @@ def test_results_are_read_back_and_rendered(tmp_path: Path) -> None:
 
 def test_numbers_along_an_axis_are_written_out() -> None:
     steps = [float(step) for step in range(10, 260, 10)]
-    chart = LabChart("steps", "Steps", "steps", "loss", "linear", "linear", (formula("twice", steps, lambda x: 2 * x),))
+    chart = LabChart("steps", "Steps", "steps", "loss", (formula("twice", steps, lambda x: 2 * x),))
     drawn = picture_of_lab(replace(rolled(), charts=(chart,)))
     assert re.findall(r">(\d+\.?\d*e[+-]?\d+)<", drawn) == []
     assert {">200<", ">400<"} <= set(re.findall(r">\d+<", drawn))

@@ -292,12 +292,11 @@ def experiment() -> LabReport:
                 "Accuracy against the batch size",
                 "samples in a batch",
                 "accuracy",
-                "log",
-                "linear",
                 (measured, by_formula),
                 ("Held-out images.",),
+                x_scale="log",
             ),
-            LabChart("order", "Accuracy by order", "layer", "accuracy", "linear", "linear", (named,)),
+            LabChart("order", "Accuracy by order", "layer", "accuracy", (named,)),
         ),
         tables=(LabTable("Runs that diverged", ("layer", "runs"), (("batch norm", "0"), ("Batch Renorm", "2"))),),
         notes=("Two runs diverged.",),
@@ -311,7 +310,7 @@ def experiment() -> LabReport:
 def diverged_experiment() -> LabReport:
     """No trial has a figure."""
     nothing = LabSeries("batch norm", (2.0,), (None,), (None,), (None,))
-    chart = LabChart("size", "Accuracy", "samples in a batch", "accuracy", "log", "log", (nothing,))
+    chart = LabChart("size", "Accuracy", "samples in a batch", "accuracy", (nothing,), x_scale="log", y_scale="log")
     claims = (Claim("It falls.", "open", "Difference: not measured."),)
     return replace(experiment(), claims=claims, charts=(chart,), tables=(), notes=())
 
