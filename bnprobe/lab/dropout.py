@@ -93,7 +93,6 @@ class Dropout(Experiment):
                     "The variance shift is what the formula says, at every rate.",
                     "Measured over the formula's",
                     {f"at rate {rate}": before.where(rate=rate).mean(shift) for rate in RATES},
-                    1.0,
                     0.02,
                 ),
                 above(

@@ -285,15 +285,15 @@ def within(text: str, what: str, found: float | None, limit: float) -> Claim:
     return Claim(text, verdict, f"{what}: {score(found)}, where at most {score(limit)} is allowed.")
 
 
-def near(text: str, what: str, found: Estimate | None, expected: float, tolerance: float) -> Claim:
+def near(text: str, what: str, found: Estimate | None, tolerance: float, expected: float = 1.0) -> Claim:
     """A claim that a figure is what a formula says: a test of equivalence.
 
     Shown where the whole interval lies within the tolerance of what is expected, refuted where all of it lies outside.
 
     Args:
         text, what, found: As of `above`.
-        expected: By the formula.
         tolerance: Relative to what is expected.
+        expected: By the formula; 1: the figure is over the formula's.
     """
     low, high = _ends(found)
     least, most = expected - tolerance * abs(expected), expected + tolerance * abs(expected)
@@ -306,25 +306,18 @@ def near(text: str, what: str, found: Estimate | None, expected: float, toleranc
     return Claim(text, verdict, _evidence(found, what, needed))
 
 
-def near_everywhere(
-    text: str, what: str, found: Mapping[str, Estimate | None], expected: float, tolerance: float
-) -> Claim:
-    """A claim that each of several figures is what a formula says: as `near`, decided by the figure that is worst.
+def near_everywhere(text: str, what: str, found: Mapping[str, Estimate | None], tolerance: float) -> Claim:
+    """A claim that each of several figures, all over a formula's, is 1: as `near`, decided by the one that is worst.
 
     Args:
-        text, what, expected, tolerance: As of `near`.
+        text, what, tolerance: As of `near`.
         found: The figures, by where they were taken, e.g. "at rate 0.5".
     """
-
-    def reach(where: str) -> float:
-        low, high = _ends(found[where])
-        return max(expected - low, high - expected)
-
-    claims = [
-        near(text, f"{what} {where}, which of {len(found)} decides", found[where], expected, tolerance)
-        for where in sorted(found, key=reach, reverse=True)
-    ]
-    return _worst_of(claims)
+    ends = {where: _ends(each) for where, each in found.items()}
+    farthest = sorted(found, key=lambda where: max(1 - ends[where][0], ends[where][1] - 1), reverse=True)
+    return _worst_of(
+        [near(text, f"{what} {where}, which of {len(found)} decides", found[where], tolerance) for where in farthest]
+    )
 
 
 def below_everywhere(text: str, what: str, found: Mapping[str, Estimate | None], limit: float) -> Claim:

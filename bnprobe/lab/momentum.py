@@ -113,7 +113,6 @@ class Momentum(Experiment):
                     "Running statistics follow a shift with the time constant -1/ln(1-m).",
                     "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
                     mean_of(_constants_over_formula(slowly)),
-                    1.0,
                     0.05,
                 ),
                 near(
@@ -121,7 +120,6 @@ class Momentum(Experiment):
                     "Slope of their logarithm against that of the time constant, momenta from"
                     f" {SLOW} to {FAST}, mean of brightness and domain",
                     mean_of(_slopes(slowly)),
-                    1.0,
                     0.1,
                 ),
                 below(

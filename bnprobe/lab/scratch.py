@@ -86,7 +86,6 @@ class Scratch(Experiment):
                     "Trained to the end, the network is as good with this layer as with torch's.",
                     "Held-out accuracy over that with torch's layer",
                     ours.over("accuracy", torchs),
-                    1.0,
                     0.01,
                 ),
                 below(

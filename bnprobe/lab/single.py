@@ -120,7 +120,6 @@ class Single(Experiment):
                     " train mode.",
                     "Accuracy in train mode over that of instance norm",
                     by_layer[BATCH_NORM].over("accuracy in train mode", by_layer[INSTANCE_NORM], "accuracy"),
-                    1.0,
                     0.02,
                 ),
                 below(

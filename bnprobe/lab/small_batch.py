@@ -61,7 +61,6 @@ class SmallBatch(Experiment):
                     "With exact running statistics, the mismatch D of i.i.d. values is 2 (1 - e_n).",
                     "D over the formula's, mean over all batch sizes",
                     mean_of(_ratios(normal, "D", mismatch_iid, SIZES)),
-                    1.0,
                     0.02,
                 ),
                 near_everywhere(
@@ -72,22 +71,20 @@ class SmallBatch(Experiment):
                         for size in SIZES
                         if size >= 8
                     },
-                    1.0,
                     0.05,
                 ),
                 near(
                     "The relative squared error of the unbiased variance is 2/(B-1).",
                     "Error over the formula's, mean over all batch sizes",
                     mean_of(_ratios(normal, "variance error", lambda n: 2 / (n - 1), SIZES)),
-                    1.0,
                     0.05,
                 ),
                 near(
                     f"The mean of r is e_n, which is not 1: at B = {smallest} it is {_e(smallest):.3f}.",
                     f"Mean of r at B = {smallest}",
                     normal.where(batch=smallest).mean("r"),
-                    _e(smallest),
                     0.01,
+                    _e(smallest),
                 ),
                 below(
                     "In a network the values of a batch are worth fewer independent ones: positions of an image are"

@@ -532,14 +532,12 @@ def _claims_of_formulas(step: Results, walk: Results, linear: Results) -> Iterab
             f"A step is forgotten by the running {name} with the time constant -1 / ln(1 - m).",
             "Measured over the formula's, mean over momenta",
             step.averaged(f"time constant of the {name} over the formula"),
-            1.0,
             0.02,
         )
     yield near(
         "Behind a steady drift v the running mean lags by v (1 - m) / m.",
         "Lag over the formula's, mean over momenta",
         linear.averaged("lag over the formula"),
-        1.0,
         0.02,
     )
     for name in ("mean", "variance"):
@@ -548,7 +546,6 @@ def _claims_of_formulas(step: Results, walk: Results, linear: Results) -> Iterab
             " m / (2 - m) + q (1 - m)^2 / (m (2 - m)).",
             "Error over the formula's, mean over speeds and momenta",
             walk.averaged(f"error of the {name} over the formula"),
-            1.0,
             0.05,
         )
 
@@ -566,7 +563,6 @@ def _claims_of_best(walk: Results) -> Iterable[Claim]:
         "At this momentum D is that against exact statistics over 1 - m.",
         "D over the formula's, mean over speeds",
         walk.where(**{"over best": 1.0}).averaged("D over the formula"),
-        1.0,
         0.05,
     )
 
@@ -602,14 +598,12 @@ def _claims_of_correlation(correlated: Results) -> Iterable[Claim]:
         "The mean of a batch of correlated values is worth that of B_eff independent ones.",
         "Effective batch size over the formula's, mean over correlations",
         correlated.averaged("effective batch size over the formula"),
-        1.0,
         0.05,
     )
     yield near(
         "The running variance of correlated values is too small by the factor (1 - 1 / B_eff) B / (B - 1).",
         "Running variance over the formula's, mean over correlations",
         correlated.averaged("running variance over the formula"),
-        1.0,
         0.05,
     )
     yield near(
@@ -617,7 +611,6 @@ def _claims_of_correlation(correlated: Results) -> Iterable[Claim]:
         " covariance of batches where one goes on where the last one ended.",
         "Error over the formula's, mean over correlations",
         correlated.averaged("error of the running mean over the formula"),
-        1.0,
         0.05,
     )
 

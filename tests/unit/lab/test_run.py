@@ -247,14 +247,14 @@ def test_a_claim_is_decided_by_its_interval(interval: tuple[float, float] | None
 )
 def test_equivalence_needs_the_whole_interval(interval: tuple[float, float] | None, verdict: str) -> None:
     found = None if interval is None else Estimate(sum(interval) / 2, interval)
-    assert near("It is one.", "Figure", found, 1.0, 0.1).verdict == verdict
+    assert near("It is one.", "Figure", found, 0.1).verdict == verdict
 
 
 def test_equivalence_everywhere_is_decided_where_it_is_worst() -> None:
     good, wide, bad = Estimate(1.0, (0.98, 1.02)), Estimate(1.0, (0.5, 1.5)), Estimate(1.2, (1.15, 1.25))
 
     def verdict(**found: Estimate | None) -> tuple[str, str]:
-        claim = near_everywhere("It is one.", "Figure at", found, 1.0, 0.1)
+        claim = near_everywhere("It is one.", "Figure at", found, 0.1)
         return claim.verdict, claim.evidence.partition(",")[0]
 
     assert verdict(a=good, b=Estimate(1.0, (0.95, 1.0))) == ("shown", "Figure at b")
