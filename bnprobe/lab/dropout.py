@@ -16,7 +16,7 @@ the last batch norm, where it disturbs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -28,17 +28,15 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
-    mean_of,
     near_everywhere,
     within,
 )
 from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
 from bnprobe.lab.networks import conv_net, held_out_accuracy, input_of, take_population, train
-from bnprobe.records import LabChart
+from bnprobe.records import Claim, LabChart
 
 BEFORE, AFTER = "before batch norm", "behind the last batch norm"
 RATES = (0.1, 0.3, 0.5, 0.7)
@@ -80,78 +78,61 @@ class Dropout(Experiment):
             RECALIBRATED: held_out_accuracy(model, images.test, images.test_labels),
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The formula, what the shift costs, and whether new statistics mend it."""
         before, after = results.where(place=BEFORE), results.where(place=AFTER)
-        large = before.where(rate=LARGE)
-        shift = "variance shift over the formula"
-        gains, gains_behind = _gains(large), _gains(after.where(rate=LARGE))
-        exact = [abs(value - 1) for rate in RATES for value in after.where(rate=rate).values("variance shift")]
-        return Findings(
-            claims=(
-                near_everywhere(
-                    "The variance shift is what the formula says, at every rate.",
-                    "Measured over the formula's",
-                    {f"at rate {rate}": before.where(rate=rate).mean(shift) for rate in RATES},
-                    0.02,
-                ),
-                above(
-                    "The shift grows with the rate.",
-                    f"Variance in training over that at inference, at rate {RATES[-1]} less at {RATES[0]}",
-                    before.where(rate=RATES[-1]).less("variance shift", before.where(rate=RATES[0])),
-                ),
-                within(
-                    "Dropout behind the last batch norm shifts no variance.",
-                    "Largest deviation of the ratio from 1",
-                    max(exact, default=None),
-                    1e-5,
-                ),
-                above(
-                    f"At rate {LARGE} dropout before batch norm costs accuracy that dropout behind it does not.",
-                    "Held-out accuracy behind it less before it",
-                    after.where(rate=LARGE).less("accuracy", large),
-                ),
-                above(
-                    "Statistics taken anew, without dropout, give back some of what the shift cost.",
-                    f"Gain of held-out accuracy at rate {LARGE}, before batch norm less behind it",
-                    mean_of([gains[seed] - gains_behind[seed] for seed in gains.keys() & gains_behind.keys()]),
-                ),
-            ),
-            charts=(
-                LabChart(
-                    "shift",
-                    "Variance in training over that at inference",
-                    "rate of dropout",
-                    "ratio of variances",
-                    (
-                        before.series("variance shift", "rate", BEFORE),
-                        replace(before.series("variance shift by the formula", "rate", "formula"), theory=True),
-                        after.series("variance shift", "rate", AFTER),
-                    ),
-                    (
-                        "The batch norm layer of the third convolution; the formula with the weights and inputs of"
-                        " each network.",
-                    ),
-                ),
-                LabChart(
-                    "accuracy",
-                    "Held-out accuracy",
-                    "rate of dropout",
-                    "accuracy",
-                    (
-                        before.series("accuracy", "rate", BEFORE),
-                        before.series(RECALIBRATED, "rate", f"{BEFORE}, statistics taken anew"),
-                        after.series("accuracy", "rate", AFTER),
-                    ),
-                ),
-            ),
+        yield near_everywhere(
+            "The variance shift is what the formula says, at every rate.",
+            "Measured over the formula's",
+            {f"at rate {rate}": before.where(rate=rate).mean("variance shift over the formula") for rate in RATES},
+            0.02,
+        )
+        yield above(
+            "The shift grows with the rate.",
+            f"Variance in training over that at inference, at rate {RATES[-1]} less at {RATES[0]}",
+            before.where(rate=RATES[-1]).less("variance shift", before.where(rate=RATES[0])),
+        )
+        yield within(
+            "Dropout behind the last batch norm shifts no variance.",
+            "Largest deviation of the ratio from 1",
+            max((abs(shift - 1) for shift in after.values("variance shift")), default=None),
+            1e-5,
+        )
+        yield above(
+            f"At rate {LARGE} dropout before batch norm costs accuracy that dropout behind it does not.",
+            "Held-out accuracy behind it less before it",
+            after.where(rate=LARGE).less("accuracy", before.where(rate=LARGE)),
+        )
+        yield above(
+            "Statistics taken anew, without dropout, give back some of what the shift cost.",
+            f"Gain of held-out accuracy at rate {LARGE}, before batch norm less behind it",
+            results.where(rate=LARGE).each_seed(lambda one: _gain(one, BEFORE) - _gain(one, AFTER)),
         )
 
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Shift and accuracy against the rate."""
+        before, after = results.where(place=BEFORE), results.where(place=AFTER)
+        shifts = (
+            before.series("variance shift", "rate", BEFORE),
+            replace(before.series("variance shift by the formula", "rate", "formula"), theory=True),
+            after.series("variance shift", "rate", AFTER),
+        )
+        legend = (
+            "The batch norm layer of the third convolution; the formula with the weights and inputs of each network."
+        )
+        title = "Variance in training over that at inference"
+        yield LabChart("shift", title, "rate of dropout", "ratio of variances", shifts, (legend,))
+        accuracies = (
+            before.series("accuracy", "rate", BEFORE),
+            before.series(RECALIBRATED, "rate", f"{BEFORE}, statistics taken anew"),
+            after.series("accuracy", "rate", AFTER),
+        )
+        yield LabChart("accuracy", "Held-out accuracy", "rate of dropout", "accuracy", accuracies)
 
-def _gains(results: Results) -> dict[int, float]:
-    """What statistics taken anew gain, by seed: of lagging averages as well as of dropout."""
-    here, there = results.by_seed(RECALIBRATED), results.by_seed("accuracy")
-    return {seed: here[seed] - there[seed] for seed in here.keys() & there.keys()}
+
+def _gain(of_seed: Results, place: str) -> float:
+    """What statistics taken anew gain: of lagging averages as well as of dropout."""
+    return of_seed.value(RECALIBRATED, place=place) - of_seed.value("accuracy", place=place)
 
 
 def _network(images: Images, place: str, rate: float) -> nn.Sequential:
