@@ -17,7 +17,7 @@ statistics are those of the whole batch, is checked with two real processes (``b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -29,7 +29,6 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
@@ -41,11 +40,11 @@ from bnprobe.lab.experiment import (
 from bnprobe.lab.layers import BatchNorm, PerWorkerBatchNorm
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
 from bnprobe.lab.workers import Work, train_together
-from bnprobe.records import Estimate, LabChart
+from bnprobe.records import Claim, Estimate, LabChart
 
 BATCH, STEPS, RATE = 128, 160, 0.1
 WORKERS = (1, 2, 4, 8, 16)
-ALL, SMALL = WORKERS[0], WORKERS[-1]
+ONE, MOST = WORKERS[0], WORKERS[-1]
 """One worker with the whole batch, which is what synchronized statistics come to; and the most workers."""
 
 FREEZE: Mapping[str, float | None] = {"25%": 0.25, "50%": 0.5, "75%": 0.75, "90%": 0.9, "never": None}
@@ -53,6 +52,8 @@ FREEZE: Mapping[str, float | None] = {"25%": 0.25, "50%": 0.5, "75%": 0.75, "90%
 EARLY, LATE, NEVER = "25%", "75%", "never"
 
 SIMULATED, PROCESSES = "one process for all workers", "two processes"
+CHANGE = "change of outputs at inference"
+SYNCHRONIZED, OWN = "synchronized against the whole batch", "own statistics against parts"
 
 NOTHING = 0.005
 """Accuracy that counts as nothing: half a percentage point, two of the digits held out."""
@@ -83,105 +84,93 @@ class Freeze(Experiment):
         return {
             "accuracy": held_out_accuracy(model, images.test, images.test_labels),
             "loss": _loss(model, images),
-            "change of outputs at inference": _change(model, images.train),
+            CHANGE: _change(model, images.train),
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What small parts cost, and what freezing costs or mends."""
-        processes, simulated = results.where(run=PROCESSES), results.where(run=SIMULATED)
-        size = BATCH // SMALL
-        change = "change of outputs at inference"
+        for claim, name in (
+            ("with synchronized statistics train the network of one process with the whole batch", SYNCHRONIZED),
+            (
+                "with statistics of their own train the network of one process that normalizes the parts by themselves",
+                OWN,
+            ),
+        ):
+            yield within(
+                f"Two processes {claim}.",
+                "Largest relative deviation of any parameter or statistic",
+                results.where(run=PROCESSES).largest(name),
+                ROUNDING,
+            )
+        few = BATCH // MOST
+        yield above(
+            f"Statistics of {few} images for each worker are worse than synchronized ones.",
+            f"Held-out accuracy, synchronized less {few} for each worker",
+            _arm(results, ONE, NEVER).less("accuracy", _arm(results, MOST, NEVER)),
+        )
+        yield below(
+            "Frozen for the last quarter costs nothing.",
+            "Held-out accuracy of synchronized statistics, never frozen less frozen after 75%",
+            _arm(results, ONE, NEVER).less("accuracy", _arm(results, ONE, LATE)),
+            NOTHING,
+        )
+        yield above(
+            f"Where each worker has {few} images, freezing for the last quarter is a gain.",
+            f"Held-out accuracy with {few} for each worker, frozen after 75% less never frozen",
+            _arm(results, MOST, LATE).less("accuracy", _arm(results, MOST, NEVER)),
+        )
+        yield above(
+            "Frozen after the first quarter, while the learning rate is high, costs accuracy.",
+            "Held-out accuracy of synchronized statistics, never frozen less frozen after 25%",
+            _arm(results, ONE, NEVER).less("accuracy", _arm(results, ONE, EARLY)),
+            NOTHING,
+        )
+        yield above(
+            "The fewer images a worker has, the more a network differs at inference from what was trained.",
+            f"Squared change of outputs over their variance, {few} for each worker less synchronized",
+            _arm(results, MOST, NEVER).less(CHANGE, _arm(results, ONE, NEVER)),
+        )
+        yield within(
+            "Frozen statistics take that difference away.",
+            "Largest squared change of outputs over their variance, frozen after 75%",
+            results.where(**{"frozen after": LATE}).largest(CHANGE),
+            1e-9,
+        )
 
-        def arm(workers: int, freeze: str) -> Results:
-            return simulated.where(workers=workers).where(**{"frozen after": freeze})
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Accuracy, the change at inference, and the loss."""
+        names = {workers: f"{BATCH // workers} per worker" for workers in WORKERS}
+        accuracy, loss = (
+            tuple(
+                results.series(figure, "frozen after", name, workers=count, run=SIMULATED)
+                for count, name in names.items()
+            )
+            for figure in ("accuracy", "loss")
+        )
+        legend = (
+            f"Statistics of so many images of a batch of {BATCH}, frozen after that part of the training;"
+            f" {BATCH} is what synchronized statistics come to.",
+        )
+        yield LabChart("accuracy", "Held-out accuracy", "frozen after", "accuracy", accuracy, legend)
+        yield _chart_of_change([_arm(results, workers, NEVER).mean(CHANGE) for workers in WORKERS])
+        yield LabChart("loss", "Held-out loss", "frozen after", "cross-entropy", loss, legend, y_scale="log")
 
-        return Findings(
-            claims=(
-                within(
-                    "Two processes with synchronized statistics train the network of one process with the whole batch.",
-                    "Largest relative deviation of any parameter or statistic",
-                    max(processes.values("synchronized against the whole batch"), default=None),
-                    ROUNDING,
-                ),
-                within(
-                    "Two processes with statistics of their own train the network of one process that normalizes the"
-                    " parts by themselves.",
-                    "Largest relative deviation of any parameter or statistic",
-                    max(processes.values("own statistics against parts"), default=None),
-                    ROUNDING,
-                ),
-                above(
-                    f"Statistics of {size} images for each worker are worse than synchronized ones.",
-                    f"Held-out accuracy, synchronized less {size} for each worker",
-                    arm(ALL, NEVER).less("accuracy", arm(SMALL, NEVER)),
-                ),
-                below(
-                    "Frozen for the last quarter costs nothing.",
-                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 75%",
-                    arm(ALL, NEVER).less("accuracy", arm(ALL, LATE)),
-                    NOTHING,
-                ),
-                above(
-                    f"Where each worker has {size} images, freezing for the last quarter is a gain.",
-                    f"Held-out accuracy with {size} for each worker, frozen after 75% less never frozen",
-                    arm(SMALL, LATE).less("accuracy", arm(SMALL, NEVER)),
-                ),
-                above(
-                    "Frozen after the first quarter, while the learning rate is high, costs accuracy.",
-                    "Held-out accuracy of synchronized statistics, never frozen less frozen after 25%",
-                    arm(ALL, NEVER).less("accuracy", arm(ALL, EARLY)),
-                    NOTHING,
-                ),
-                above(
-                    "The fewer images a worker has, the more a network differs at inference from what was trained.",
-                    f"Squared change of outputs over their variance, {size} for each worker less synchronized",
-                    arm(SMALL, NEVER).less(change, arm(ALL, NEVER)),
-                ),
-                within(
-                    "Frozen statistics take that difference away.",
-                    "Largest squared change of outputs over their variance, frozen after 75%",
-                    max((value for each in WORKERS for value in arm(each, LATE).values(change)), default=None),
-                    1e-9,
-                ),
-            ),
-            charts=(
-                _chart(simulated, "accuracy", "Held-out accuracy", "accuracy"),
-                _chart_of_change([arm(workers, NEVER).mean(change) for workers in WORKERS]),
-                _chart(simulated, "loss", "Held-out loss", "cross-entropy"),
-            ),
-            notes=(
-                f"Learning rate {RATE:g} with momentum 0.9, which falls to 0 along half a cosine; trainings that"
-                " diverged count with the accuracy that they have, and have no loss.",
-            ),
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """How networks are trained."""
+        yield (
+            f"Learning rate {RATE:g} with momentum 0.9, which falls to 0 along half a cosine; trainings that diverged"
+            " count with the accuracy that they have, and have no loss."
         )
 
 
-def _chart(simulated: Results, figure: str, title: str, unit: str) -> LabChart:
-    return LabChart(
-        figure,
-        title,
-        "frozen after",
-        unit,
-        tuple(
-            simulated.series(figure, "frozen after", f"{BATCH // workers} per worker", workers=workers)
-            for workers in WORKERS
-        ),
-        (
-            f"Statistics of so many images of a batch of {BATCH}, frozen after that part of the training;"
-            f" {BATCH} is what synchronized statistics come to.",
-        ),
-        y_scale="log" if figure == "loss" else "linear",
-    )
-
-
-def _as_one_over(factor: float, n: float) -> float:
-    return factor / n
+def _arm(results: Results, workers: int, freeze: str) -> Results:
+    return results.where(run=SIMULATED, workers=workers, **{"frozen after": freeze})
 
 
 def _chart_of_change(found: Sequence[Estimate | None]) -> LabChart:
     sizes = [BATCH // workers for workers in WORKERS]
     smallest = found[-1]
-    noise = [] if smallest is None else [formula("as 1 / n", sizes, partial(_as_one_over, smallest.mean * sizes[-1]))]
+    noise = [] if smallest is None else [formula("as 1 / n", sizes, lambda n: smallest.mean * sizes[-1] / n)]
     return LabChart(
         "change",
         "How much a network differs at inference from training",
@@ -243,7 +232,7 @@ def _deviations(images: Images, seed: int, steps: int) -> Values:
     """How far networks that two processes train are from those that one trains: largest deviation, relative."""
     given = [(pixels.double(), labels) for pixels, labels in _batches(images, steps, seed)]
     start = _network(images, 2).double().state_dict()
-    ways = {"synchronized against the whole batch": 1, "own statistics against parts": 2}
+    ways = {SYNCHRONIZED: 1, OWN: 2}
     work = [Work(start, given, images.classes, RATE, synchronized=workers == 1) for workers in ways.values()]
     found = {}
     for (name, workers), trained in zip(ways.items(), train_together(work), strict=True):
