@@ -199,6 +199,10 @@ class Results:
         x = [level if isinstance(level, str) else float(level) for level in levels]
         return series(name, x, [chosen.where(**{over: level}).mean(figure) for level in levels])
 
+    def several_series(self, over: str, names: Mapping[str, str]) -> tuple[LabSeries, ...]:
+        """As `series`, of several figures at each value of one setting; the names are by figure."""
+        return tuple(self.series(figure, over, name) for figure, name in names.items())
+
     def along(self, figure: str, x: Sequence[float], name: str) -> LabSeries:
         """The mean over seeds of a figure that has a value at each x, e.g. at each epoch; diverged runs are left out.
 

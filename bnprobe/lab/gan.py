@@ -19,9 +19,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +32,15 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
     below,
 )
-from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, batch_moments, mismatch, opening, set_limits
-from bnprobe.lab.networks import Norm, conv_net, input_of, train
+from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, mismatch, opening, set_limits
+from bnprobe.lab.networks import Call, Norm, calls_in_training, conv_net, input_of, train
 from bnprobe.nn import DomainBatchNorm2d, domain
-from bnprobe.records import LabChart
+from bnprobe.records import Claim, LabChart
 from bnprobe.stats.theory import mismatch_iid
 
 ONE, MIXED, EACH, RENORM = "one batch norm", "one mixed batch", "statistics for each kind", "Batch Renorm"
@@ -82,115 +81,94 @@ class Gan(Experiment):
             **_quality(generator, images, seed, budget),
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Whether running statistics fit, what that costs the discriminator, and what the samples are worth."""
         one, mixed, each, renorm = (results.where(discriminator=arm) for arm in ARMS)
-        cost = "cost of eval mode"
-        return Findings(
-            claims=(
-                above(
-                    "With one batch norm and a call for each kind, the running statistics fit neither kind: D is above"
-                    " that of as many i.i.d. values.",
-                    "D over 2 (1 - e_n), of the kind where it is less",
-                    one.mean("D over the formula's"),
-                    1.0,
-                ),
-                above(
-                    "With one batch norm, D of batches of a kind is above that against the mean of all of the kind.",
-                    "D over that against the mean of all batches, of the kind where it is less",
-                    one.mean("D over that of sampling"),
-                    1.0,
-                ),
-                below(
-                    "With statistics for each kind, D is lower.",
-                    "D with statistics for each kind less that with one batch norm, mean of both kinds",
-                    each.less("D", one),
-                ),
-                above(
-                    "With one batch norm and a call for each kind, the discriminator is worse in eval mode than in"
-                    " train mode.",
-                    "Its accuracy in train mode less that in eval mode",
-                    one.mean(cost),
-                ),
-                below(
-                    "With statistics for each kind, eval mode costs less.",
-                    "Cost of eval mode in accuracy, less that with one batch norm",
-                    each.less(cost, one),
-                ),
-                below(
-                    "With one mixed batch, eval mode costs less.",
-                    "Cost of eval mode in accuracy, less that with a call for each kind",
-                    mixed.less(cost, one),
-                ),
-                below(
-                    "With Batch Renorm, eval mode costs less.",
-                    "Cost of eval mode in accuracy, less that with one batch norm",
-                    renorm.less(cost, one),
-                ),
-                below(
-                    "Batches of one kind give better samples than mixed ones.",
-                    "log10 of the Frechet distance with a call for each kind less that with a mixed batch",
-                    one.less("log10 of the Frechet distance", mixed),
-                ),
-                below(
-                    "Statistics for each kind give better samples than one batch norm.",
-                    "log10 of the Frechet distance with statistics for each kind less that with one batch norm",
-                    each.less("log10 of the Frechet distance", one),
-                ),
-            ),
-            charts=(
-                _chart(
-                    "discriminator",
-                    "Whether the discriminator knows real images from generated ones",
-                    "accuracy",
-                    results,
-                    {"accuracy in train mode": "train mode", "accuracy in eval mode": "eval mode"},
-                    f"Held-out real images, and batches of {BATCH} of each kind in both modes.",
-                    "Statistics for each kind know which kind a batch is of, in both modes.",
-                ),
-                _chart(
-                    "mismatch",
-                    "D of the discriminator's layers, with its statistics at inference",
-                    "D, mean over layers",
-                    results,
-                    {f"D of {kind} images": f"{kind} images" for kind in KINDS}
-                    | {"D of sampling": "against the mean of the batches of a kind"}
-                    | {"D by the formula": "as many i.i.d. values, 2 (1 - e_n)"},
-                    "A mixed batch is one call with both kinds. Batch Renorm corrects in training what its D shows.",
-                ),
-                _chart(
-                    "samples",
-                    "Samples of the generator against real images",
-                    "Frechet distance",
-                    results,
-                    {
-                        "Frechet distance": "generated in eval mode",
-                        "Frechet distance in train mode": "generated in train mode",
-                        "Frechet distance of held-out images": "held-out real images",
-                    },
-                    "Between normal distributions of the features of a classifier; less is better.",
-                    scale="log",
-                ),
-            ),
-            notes=(SCHEDULE,),
+        cost, distance = "cost of eval mode", "log10 of the Frechet distance"
+        yield above(
+            "With one batch norm and a call for each kind, the running statistics fit neither kind: D is above that of"
+            " as many i.i.d. values.",
+            "D over 2 (1 - e_n), of the kind where it is less",
+            one.mean("D over the formula's"),
+            1.0,
+        )
+        yield above(
+            "With one batch norm, D of batches of a kind is above that against the mean of all of the kind.",
+            "D over that against the mean of all batches, of the kind where it is less",
+            one.mean("D over that of sampling"),
+            1.0,
+        )
+        yield below(
+            "With statistics for each kind, D is lower.",
+            "D with statistics for each kind less that with one batch norm, mean of both kinds",
+            each.less("D", one),
+        )
+        yield above(
+            "With one batch norm and a call for each kind, the discriminator is worse in eval mode than in train mode.",
+            "Its accuracy in train mode less that in eval mode",
+            one.mean(cost),
+        )
+        for name, arm, usual in (
+            ("statistics for each kind", each, "one batch norm"),
+            ("one mixed batch", mixed, "a call for each kind"),
+            ("Batch Renorm", renorm, "one batch norm"),
+        ):
+            what = f"Cost of eval mode in accuracy, less that with {usual}"
+            yield below(f"With {name}, eval mode costs less.", what, arm.less(cost, one))
+        yield below(
+            "Batches of one kind give better samples than mixed ones.",
+            f"{distance} with a call for each kind less that with a mixed batch",
+            one.less(distance, mixed),
+        )
+        yield below(
+            "Statistics for each kind give better samples than one batch norm.",
+            f"{distance} with statistics for each kind less that with one batch norm",
+            each.less(distance, one),
         )
 
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Answers of the discriminator, D of its layers, and the samples."""
+        modes = {"accuracy in train mode": "train mode", "accuracy in eval mode": "eval mode"}
+        yield LabChart(
+            "discriminator",
+            "Whether the discriminator knows real images from generated ones",
+            "discriminator",
+            "accuracy",
+            results.several_series("discriminator", modes),
+            (
+                f"Held-out real images, and batches of {BATCH} of each kind in both modes.",
+                "Statistics for each kind know which kind a batch is of, in both modes.",
+            ),
+        )
+        measured = {f"D of {kind} images": f"{kind} images" for kind in KINDS}
+        measured["D of sampling"] = "against the mean of the batches of a kind"
+        by_formula = results.series("D by the formula", "discriminator", "as many i.i.d. values, 2 (1 - e_n)")
+        yield LabChart(
+            "mismatch",
+            "D of the discriminator's layers, with its statistics at inference",
+            "discriminator",
+            "D, mean over layers",
+            (*results.several_series("discriminator", measured), replace(by_formula, theory=True)),
+            ("A mixed batch is one call with both kinds. Batch Renorm corrects in training what its D shows.",),
+        )
+        distances = {
+            "Frechet distance": "generated in eval mode",
+            "Frechet distance in train mode": "generated in train mode",
+            "Frechet distance of held-out images": "held-out real images",
+        }
+        yield LabChart(
+            "samples",
+            "Samples of the generator against real images",
+            "discriminator",
+            "Frechet distance",
+            results.several_series("discriminator", distances),
+            ("Between normal distributions of the features of a classifier; less is better.",),
+            y_scale="log",
+        )
 
-def _chart(
-    name: str,
-    title: str,
-    y: str,
-    results: Results,
-    series: Mapping[str, str],
-    *legend: str,
-    scale: Literal["linear", "log"] = "linear",
-) -> LabChart:
-    """Figures of all arms, each under the name that is given for it."""
-    shown = tuple(
-        replace(results.series(figure, "discriminator", called), theory="formula" in figure)
-        for figure, called in series.items()
-    )
-    return LabChart(name, title, "discriminator", y, shown, legend, y_scale=scale)
+    def notes(self, results: Results, budget: Budget) -> Iterable[str]:
+        """How limits open."""
+        return (SCHEDULE,)
 
 
 # --- The game ---------------------------------------------------------------------------------------------------------
@@ -292,7 +270,7 @@ def _measured(
     """D of batches of each kind, and accuracy in both modes, on held-out images and as many generated in train mode."""
     layers, right = _norms(discriminator), {"train": 0, "eval": 0}
     with ExitStack() as watching:
-        seen = [watching.enter_context(_calls(layer)) for layer in layers]
+        seen = [watching.enter_context(calls_in_training(layer)) for layer in layers]
         for real, _ in batches(images.test, images.test_labels, BATCH, count, draws):
             fake = generator(torch.randn(BATCH, LATENT))
             for mode in right:
@@ -310,30 +288,6 @@ def _measured(
         **{f"accuracy in {mode} mode": accuracy for mode, accuracy in accuracies.items()},
         "cost of eval mode": accuracies["train"] - accuracies["eval"],
     }
-
-
-class Call(NamedTuple):
-    """What a layer got in one call: mean and biased variance of each channel, and the number of its values."""
-
-    mean: Tensor
-    variance: Tensor
-    values: int
-
-
-@contextmanager
-def _calls(layer: nn.Module) -> Iterator[list[Call]]:
-    """The calls of a layer in train mode."""
-    seen: list[Call] = []
-
-    def look(module: nn.Module, given: tuple[Tensor]) -> None:
-        if module.training:
-            seen.append(Call(*batch_moments(given[0]), given[0].numel() // given[0].shape[1]))
-
-    hook = layer.register_forward_pre_hook(look)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 class _Mismatches(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,17 @@ def train(
             after_step(step, loss.item())
 
 
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """All `BatchNorm` layers, of which Batch Renorm is one, from the input on."""
+    return [layer for layer in model.modules() if isinstance(layer, BatchNorm)]
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Let running statistics stay as they are in train mode, too."""
+    for layer in batch_norms(model):
+        layer.momentum = 0.0
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 512) -> float:
     """Share of right answers, in the mode that the model is in."""
@@ -103,6 +116,31 @@ def input_of(model: nn.Module, layer: nn.Module, images: Tensor, batch: int = 51
     return torch.cat(given)
 
 
+class Call(NamedTuple):
+    """What a layer got in one call: mean and biased variance of each channel, and the number of its values."""
+
+    mean: Tensor
+    variance: Tensor
+    values: int
+
+
+@contextmanager
+def calls_in_training(layer: nn.Module) -> Iterator[list[Call]]:
+    """The calls of a layer in train mode that come in the block, as they come."""
+    seen: list[Call] = []
+
+    def look(module: nn.Module, given: tuple[Tensor]) -> None:
+        x = given[0].detach()
+        if module.training:
+            seen.append(Call(*batch_moments(x), x.numel() // x.shape[1]))
+
+    hook = layer.register_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def take_population(model: nn.Module, images: Tensor) -> None:
     """Set the running statistics of all `BatchNorm` layers to those of these images at inference, layer after layer.
@@ -110,8 +148,7 @@ def take_population(model: nn.Module, images: Tensor) -> None:
     The model is in eval mode afterwards.
     """
     model.eval()
-    for layer in model.modules():
-        if isinstance(layer, BatchNorm):
-            mean, variance = batch_moments(input_of(model, layer, images))
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(variance)
+    for layer in batch_norms(model):
+        mean, variance = batch_moments(input_of(model, layer, images))
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,18 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
+    average,
     below,
     formula,
-    mean_of,
     near,
     near_everywhere,
 )
-from bnprobe.lab.layers import BatchNorm, batch_moments, mismatch
-from bnprobe.lab.networks import conv_net, take_population, train
-from bnprobe.records import LabChart
+from bnprobe.lab.layers import BatchNorm, mismatch
+from bnprobe.lab.networks import Call, batch_norms, calls_in_training, conv_net, keep_statistics, take_population, train
+from bnprobe.records import Claim, Estimate, LabChart
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -51,119 +50,96 @@ class SmallBatch(Experiment):
         images = load(budget.data)
         return _in_network(_trained(images, seed, budget), images, size, budget)
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Figures beside their formulas."""
         normal, network = results.where(data=NORMAL), results.where(data=NETWORK)
-        smallest = SIZES[0]
-        return Findings(
-            claims=(
-                near(
-                    "With exact running statistics, the mismatch D of i.i.d. values is 2 (1 - e_n).",
-                    "D over the formula's, mean over all batch sizes",
-                    mean_of(_ratios(normal, "D", mismatch_iid, SIZES)),
-                    0.02,
-                ),
-                near_everywhere(
-                    "From 8 values on, 3/(2B) is close enough.",
-                    "D over 3/(2B)",
-                    {
-                        f"at B = {size}": mean_of(_ratios(normal, "D", lambda n: 1.5 / n, (size,)))
-                        for size in SIZES
-                        if size >= 8
-                    },
-                    0.05,
-                ),
-                near(
-                    "The relative squared error of the unbiased variance is 2/(B-1).",
-                    "Error over the formula's, mean over all batch sizes",
-                    mean_of(_ratios(normal, "variance error", lambda n: 2 / (n - 1), SIZES)),
-                    0.05,
-                ),
-                near(
-                    f"The mean of r is e_n, which is not 1: at B = {smallest} it is {_e(smallest):.3f}.",
-                    f"Mean of r at B = {smallest}",
-                    normal.where(batch=smallest).mean("r"),
-                    0.01,
-                    _e(smallest),
-                ),
-                below(
-                    "In a network the values of a batch are worth fewer independent ones: positions of an image are"
-                    " alike.",
-                    f"n_eq over the number of values at B = {smallest}, mean over layers",
-                    network.where(batch=smallest).mean("worth"),
-                    1.0,
-                ),
-                above(
-                    "The gradient of small batches is biased: its mean is not that of one batch of all images.",
-                    f"Bias over the length of the gradient at B = {smallest}",
-                    network.where(batch=smallest).mean("gradient bias"),
-                    0.05,
-                ),
-                below(
-                    "The bias of the gradient falls with the batch size.",
-                    f"Bias at B = {SIZES[-1]} less that at B = {smallest}",
-                    network.where(batch=SIZES[-1]).less("gradient bias", network.where(batch=smallest)),
-                ),
-            ),
-            charts=(
-                LabChart(
-                    "mismatch",
-                    "D against the batch size",
-                    "samples in a batch",
-                    "D",
-                    (
-                        results.series("D", "batch", "i.i.d. normal values", data=NORMAL),
-                        formula("2 (1 - e_n)", SIZES, mismatch_iid),
-                        *(
-                            results.series(
-                                f"D of layer {layer}", "batch", f"layer {layer} of the network", data=NETWORK
-                            )
-                            for layer in (1, 2, 3)
-                        ),
-                    ),
-                    (
-                        "A layer of the network takes its statistics over all positions of the images of a batch.",
-                        "Its batches are drawn without replacement from the N images of the population, by which D of"
-                        " B images is smaller by the factor 1 - B/N.",
-                    ),
-                    x_scale="log",
-                    y_scale="log",
-                ),
-                LabChart(
-                    "variance",
-                    "Relative squared error of the variance",
-                    "samples in a batch",
-                    "squared error over the variance squared",
-                    (
-                        results.series("variance error", "batch", "measured", data=NORMAL),
-                        formula("2/(B-1)", SIZES, lambda n: 2 / (n - 1)),
-                    ),
-                    x_scale="log",
-                    y_scale="log",
-                ),
-                LabChart(
-                    "r-and-d",
-                    "What Batch Renorm would correct",
-                    "samples in a batch",
-                    "mean of r, root mean square of d",
-                    (
-                        results.series("r", "batch", "mean of r", data=NORMAL),
-                        formula("e_n", SIZES, _e),
-                        results.series("d", "batch", "root mean square of d", data=NORMAL),
-                        formula("1/sqrt(B)", SIZES, lambda n: n**-0.5),
-                    ),
-                    x_scale="log",
-                ),
-                LabChart(
-                    "gradient",
-                    "Bias of the gradient against that of one batch of all images",
-                    "samples in a batch",
-                    "length of the bias over that of the gradient",
-                    (results.series("gradient bias", "batch", "trained network", data=NETWORK),),
-                    ("From two epochs in different orders, so that noise does not count as bias.",),
-                    x_scale="log",
-                ),
-            ),
+        smallest, largest = SIZES[0], SIZES[-1]
+        yield near(
+            "With exact running statistics, the mismatch D of i.i.d. values is 2 (1 - e_n).",
+            "D over the formula's, mean over all batch sizes",
+            _over_formula(normal, "D", mismatch_iid),
+            0.02,
+        )
+        sizes = [size for size in SIZES if size >= 8]
+        yield near_everywhere(
+            "From 8 values on, 3/(2B) is close enough.",
+            "D over 3/(2B)",
+            {f"at B = {size}": _over_formula(normal.where(batch=size), "D", lambda n: 1.5 / n) for size in sizes},
+            0.05,
+        )
+        yield near(
+            "The relative squared error of the unbiased variance is 2/(B-1).",
+            "Error over the formula's, mean over all batch sizes",
+            _over_formula(normal, "variance error", lambda n: 2 / (n - 1)),
+            0.05,
+        )
+        yield near(
+            f"The mean of r is e_n, which is not 1: at B = {smallest} it is {_e(smallest):.3f}.",
+            f"Mean of r at B = {smallest}",
+            normal.where(batch=smallest).mean("r"),
+            0.01,
+            _e(smallest),
+        )
+        yield below(
+            "In a network the values of a batch are worth fewer independent ones: positions of an image are alike.",
+            f"n_eq over the number of values at B = {smallest}, mean over layers",
+            network.where(batch=smallest).mean("worth"),
+            1.0,
+        )
+        yield above(
+            "The gradient of small batches is biased: its mean is not that of one batch of all images.",
+            f"Bias over the length of the gradient at B = {smallest}",
+            network.where(batch=smallest).mean("gradient bias"),
+            0.05,
+        )
+        yield below(
+            "The bias of the gradient falls with the batch size.",
+            f"Bias at B = {largest} less that at B = {smallest}",
+            network.where(batch=largest).less("gradient bias", network.where(batch=smallest)),
+        )
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Each figure against the batch size, beside its formula."""
+        normal, network = results.where(data=NORMAL), results.where(data=NETWORK)
+        size = "samples in a batch"
+        mismatches = (
+            normal.series("D", "batch", "i.i.d. normal values"),
+            formula("2 (1 - e_n)", SIZES, mismatch_iid),
+            *(network.series(f"D of layer {layer}", "batch", f"layer {layer} of the network") for layer in (1, 2, 3)),
+        )
+        legend = (
+            "A layer of the network takes its statistics over all positions of the images of a batch.",
+            "Its batches are drawn without replacement from the N images of the population, by which D of B images is"
+            " smaller by the factor 1 - B/N.",
+        )
+        yield LabChart(
+            "mismatch", "D against the batch size", size, "D", mismatches, legend, x_scale="log", y_scale="log"
+        )
+        yield LabChart(
+            "variance",
+            "Relative squared error of the variance",
+            size,
+            "squared error over the variance squared",
+            (normal.series("variance error", "batch", "measured"), formula("2/(B-1)", SIZES, lambda n: 2 / (n - 1))),
+            x_scale="log",
+            y_scale="log",
+        )
+        corrections = (
+            normal.series("r", "batch", "mean of r"),
+            formula("e_n", SIZES, _e),
+            normal.series("d", "batch", "root mean square of d"),
+            formula("1/sqrt(B)", SIZES, lambda n: n**-0.5),
+        )
+        title, figures = "What Batch Renorm would correct", "mean of r, root mean square of d"
+        yield LabChart("r-and-d", title, size, figures, corrections, x_scale="log")
+        yield LabChart(
+            "gradient",
+            "Bias of the gradient against that of one batch of all images",
+            size,
+            "length of the bias over that of the gradient",
+            (network.series("gradient bias", "batch", "trained network"),),
+            ("From two epochs in different orders, so that noise does not count as bias.",),
+            x_scale="log",
         )
 
 
@@ -171,12 +147,10 @@ def _e(n: float) -> float:
     return 1 - mismatch_iid(n) / 2
 
 
-def _ratios(results: Results, name: str, expected: Callable[[float], float], sizes: Sequence[int]) -> list[float]:
-    """A figure over what a formula gives, the mean over batch sizes, for each seed."""
-    by_size = [results.where(batch=size).by_seed(name) for size in sizes]
-    seeds = [seed for seed in by_size[0] if all(seed in found for found in by_size)]
-    ratios = [[found[seed] / expected(size) for size, found in zip(sizes, by_size, strict=True)] for seed in seeds]
-    return [math.fsum(each) / len(each) for each in ratios]
+def _over_formula(results: Results, name: str, expected: Callable[[float], float]) -> Estimate | None:
+    """A figure over what a formula gives, the mean over batch sizes."""
+    sizes = [size for size in SIZES if size in results.levels("batch")]
+    return results.each_seed(lambda one: average([one.value(name, batch=size) / expected(size) for size in sizes]))
 
 
 def _normal(size: int, count: int) -> Values:
@@ -204,22 +178,21 @@ def _trained(images: Images, seed: int, budget: Budget) -> nn.Sequential:
 
 def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget) -> Values:
     """D of each layer against population statistics, and the bias of the gradient."""
-    layers = [layer for layer in model if isinstance(layer, BatchNorm)]
+    layers = batch_norms(model)
     most = min(len(images.train), budget.of(POPULATION, 2 * SIZES[-1]))
     usable = most // SIZES[-1] * SIZES[-1]  # no size has a smaller last batch
     pixels, labels = images.train[:usable], images.train_labels[:usable]
     take_population(model, pixels)
-    for layer in layers:
-        layer.momentum = 0.0
+    keep_statistics(model)
     exact = _gradient(model.train(), pixels, labels, usable)
     differences = []
     with ExitStack() as watching:
-        seen = [watching.enter_context(_mismatches(layer)) for layer in layers]
+        seen = [watching.enter_context(calls_in_training(layer)) for layer in layers]
         for _ in range(2):
             order = torch.randperm(usable)
             differences.append(_gradient(model, pixels[order], labels[order], size) - exact)
-    found = [float(torch.stack([D for D, _ in each]).mean()) for each in seen]
-    worth = [(equivalent_batch_size(D) or math.inf) / each[0][1] for D, each in zip(found, seen, strict=True)]
+    found = [_mismatch(layer, calls) for layer, calls in zip(layers, seen, strict=True)]
+    worth = [(equivalent_batch_size(D) or math.inf) / calls[0].values for D, calls in zip(found, seen, strict=True)]
     bias = float(differences[0] @ differences[1])
     return {
         **{f"D of layer {number}": D for number, D in enumerate(found, start=1)},
@@ -228,20 +201,10 @@ def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget)
     }
 
 
-@contextmanager
-def _mismatches(layer: BatchNorm) -> Iterator[list[tuple[Tensor, int]]]:
-    """D of every batch that the layer gets in the block, and the values of a channel that it is from."""
-    seen: list[tuple[Tensor, int]] = []
-
-    def look(_: nn.Module, given: tuple[Tensor]) -> None:
-        x = given[0].detach()
-        seen.append((mismatch(*batch_moments(x), layer.running_mean, layer.running_var), x.numel() // x.shape[1]))
-
-    hook = layer.register_forward_pre_hook(look)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+def _mismatch(layer: BatchNorm, calls: Iterable[Call]) -> float:
+    """D of batches, with the statistics that the layer has."""
+    each = [mismatch(call.mean, call.variance, layer.running_mean, layer.running_var) for call in calls]
+    return float(torch.stack(each).mean())
 
 
 def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor, size: int) -> Tensor:

@@ -17,7 +17,6 @@ from bnprobe.lab.gan import (
     ONE,
     REAL,
     RENORM,
-    _calls,
     _mismatches,
     answers,
     frechet_distance,
@@ -25,6 +24,7 @@ from bnprobe.lab.gan import (
     pooled,
 )
 from bnprobe.lab.layers import BatchNorm
+from bnprobe.lab.networks import Call, calls_in_training
 from bnprobe.stats.theory import mismatch_iid
 
 
@@ -71,7 +71,7 @@ def test_one_set_of_statistics_fits_neither_kind_and_two_fit_both(arm: str) -> N
         answers(arm, discriminator, *_kinds())
     hold(discriminator)
     layer = discriminator[1]
-    with _calls(layer) as calls:
+    with calls_in_training(layer) as calls:
         for _ in range(8):
             answers(arm, discriminator, *_kinds())
     found = _mismatches(arm, [layer], [calls])
@@ -82,7 +82,7 @@ def test_one_set_of_statistics_fits_neither_kind_and_two_fit_both(arm: str) -> N
         assert (found[kind].running > 100 * limit) == (arm == ONE)
     real = torch.cat([discriminator[0](_kinds()[0]) for _ in range(2)])
     whole = [(each.mean((0, 2, 3)), each.var((0, 2, 3), unbiased=False)) for each in (real, *real.split(64))]
-    parts = [type(calls[0])(mean, variance, 1024) for mean, variance in whole[1:]]
+    parts = [Call(mean, variance, 1024) for mean, variance in whole[1:]]
     torch.testing.assert_close(pooled(parts), whole[0])
 
 
