@@ -14,16 +14,16 @@ both the lesion and the answer, over the sum of the voxels in each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Findings, Results, Values, above, mean_of
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, GroupNorm, instance_norm, opening, set_limits
-from bnprobe.lab.networks import Norm, take_population, train
-from bnprobe.records import Estimate, LabChart
+from bnprobe.lab.networks import Norm, batch_norms, keep_statistics, take_population, train
+from bnprobe.records import Claim, LabChart
 
 BATCH_NORM, RENORM, GROUP, INSTANCE = "batch norm", "Batch Renorm", "group norm", "instance norm"
 NORMS: Mapping[str, Callable[[int, float], nn.Module]] = {
@@ -68,89 +68,82 @@ class Medical(Experiment):
             lambda step, loss: set_limits(model, *schedule.at(step + 1)),
         )
         found = {"Dice": dice(model.eval(), test, expected)}
-        layers = [layer for layer in model if isinstance(layer, BatchNorm)]
-        if layers:
-            for layer in layers:
-                layer.momentum = 0.0
+        if batch_norms(model):
+            keep_statistics(model)
             found["Dice in train mode"] = dice(model.train(), test, expected, size)
             found["cost of eval mode"] = found["Dice in train mode"] - found["Dice"]
             take_population(model, scans)
             found["Dice with statistics taken anew"] = dice(model.eval(), test, expected)
         return found
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What small batches cost each normalization."""
-        arms = {(norm, size): results.where(norm=norm, batch=size) for norm in NORMS for size in SIZES}
-        train_mode, anew = "Dice in train mode", "Dice with statistics taken anew"
-        small = (SINGLE, PAIR)
-        return Findings(
-            claims=(
-                *(
-                    above(
-                        f"At batch {size} batch norm at inference is worse than at batch {LARGE}.",
-                        f"Held-out Dice score at batch {LARGE} less that at batch {size}",
-                        arms[BATCH_NORM, LARGE].less("Dice", arms[BATCH_NORM, size]),
-                    )
-                    for size in small
-                ),
-                above(
-                    f"At batch {SINGLE} the network of batch norm is better with the statistics of the volume that it"
-                    " answers for.",
-                    "Held-out Dice score in train mode less that in eval mode",
-                    arms[BATCH_NORM, SINGLE].mean("cost of eval mode"),
-                ),
-                *(
-                    above(
-                        f"At batch {PAIR} {norm} is better than batch norm.",
-                        f"Held-out Dice score of {norm} less that of batch norm",
-                        arms[norm, PAIR].less("Dice", arms[BATCH_NORM, PAIR]),
-                    )
-                    for norm in (RENORM, GROUP)
-                ),
-                above(
-                    f"From batch {LARGE} to batch {PAIR} batch norm loses more than group norm.",
-                    "Loss of held-out Dice score of batch norm less that of group norm",
-                    _more_lost(arms),
-                ),
-            ),
-            notes=(
-                f"Each volume of {SIDE} x {SIDE} x {SIDE} voxels is made from the seed: a ball, a shell or a rod on"
-                " tissue with noise, under a bias field and a gain that differ from volume to volume.",
-                SCHEDULE,
-            ),
-            charts=(
-                LabChart(
-                    "dice",
-                    "Held-out Dice score against the batch size in training",
-                    "volumes in a batch",
-                    "Dice score in eval mode",
-                    tuple(results.series("Dice", "batch", norm, norm=norm) for norm in NORMS),
-                    (f"All trainings see {budget.of(SEEN, 80):,} volumes.",),
-                    x_scale="log",
-                ),
-                LabChart(
-                    "modes",
-                    "Batch norm with other statistics",
-                    "volumes in a batch",
-                    "held-out Dice score",
-                    (
-                        results.series("Dice", "batch", "running averages", norm=BATCH_NORM),
-                        results.series(anew, "batch", "statistics of all volumes, taken anew", norm=BATCH_NORM),
-                        results.series(train_mode, "batch", "statistics of the batch", norm=BATCH_NORM),
-                    ),
-                    ("Statistics of the batch: train mode, with batches of the size that was trained with.",),
-                    x_scale="log",
-                ),
-            ),
+
+        def arm(norm: str, size: int) -> Results:
+            return results.where(norm=norm, batch=size)
+
+        for size in (SINGLE, PAIR):
+            yield above(
+                f"At batch {size} batch norm at inference is worse than at batch {LARGE}.",
+                f"Held-out Dice score at batch {LARGE} less that at batch {size}",
+                arm(BATCH_NORM, LARGE).less("Dice", arm(BATCH_NORM, size)),
+            )
+        yield above(
+            f"At batch {SINGLE} the network of batch norm is better with the statistics of the volume that it answers"
+            " for.",
+            "Held-out Dice score in train mode less that in eval mode",
+            arm(BATCH_NORM, SINGLE).mean("cost of eval mode"),
+        )
+        for norm in (RENORM, GROUP):
+            yield above(
+                f"At batch {PAIR} {norm} is better than batch norm.",
+                f"Held-out Dice score of {norm} less that of batch norm",
+                arm(norm, PAIR).less("Dice", arm(BATCH_NORM, PAIR)),
+            )
+        yield above(
+            f"From batch {LARGE} to batch {PAIR} batch norm loses more than group norm.",
+            "Loss of held-out Dice score of batch norm less that of group norm",
+            results.each_seed(lambda one: _lost(one, BATCH_NORM) - _lost(one, GROUP)),
         )
 
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Each normalization against the batch size, and batch norm with other statistics."""
+        yield LabChart(
+            "dice",
+            "Held-out Dice score against the batch size in training",
+            "volumes in a batch",
+            "Dice score in eval mode",
+            tuple(results.series("Dice", "batch", norm, norm=norm) for norm in NORMS),
+            (f"All trainings see {budget.of(SEEN, 80):,} volumes.",),
+            x_scale="log",
+        )
+        names = {
+            "Dice": "running averages",
+            "Dice with statistics taken anew": "statistics of all volumes, taken anew",
+            "Dice in train mode": "statistics of the batch",
+        }
+        yield LabChart(
+            "modes",
+            "Batch norm with other statistics",
+            "volumes in a batch",
+            "held-out Dice score",
+            results.where(norm=BATCH_NORM).several_series("batch", names),
+            ("Statistics of the batch: train mode, with batches of the size that was trained with.",),
+            x_scale="log",
+        )
 
-def _more_lost(arms: Mapping[tuple[str, int], Results]) -> Estimate | None:
-    """What batch norm loses from the large batch to two volumes, beyond what group norm loses; paired by seed."""
-    found = [arms[norm, size].by_seed("Dice") for norm in (BATCH_NORM, GROUP) for size in (LARGE, PAIR)]
-    large, pair, group_large, group_pair = found
-    seeds = [seed for seed in large if all(seed in each for each in found)]
-    return mean_of([large[seed] - pair[seed] - (group_large[seed] - group_pair[seed]) for seed in seeds])
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """What a volume is, and how limits open."""
+        yield (
+            f"Each volume of {SIDE} x {SIDE} x {SIDE} voxels is made from the seed: a ball, a shell or a rod on tissue"
+            " with noise, under a bias field and a gain that differ from volume to volume."
+        )
+        yield SCHEDULE
+
+
+def _lost(of_seed: Results, norm: str) -> float:
+    """From the large batch to two volumes."""
+    return of_seed.value("Dice", norm=norm, batch=LARGE) - of_seed.value("Dice", norm=norm, batch=PAIR)
 
 
 def _network(norm: Norm) -> nn.Sequential:
