@@ -248,6 +248,11 @@ def series(name: str, x: Sequence[float | str], y: Sequence[Estimate | None]) ->
     )
 
 
+def cell(found: Estimate | None) -> str:
+    """A figure in a table; empty: no trial has it."""
+    return "" if found is None else estimate(found)
+
+
 def formula(name: str, x: Sequence[float], y: Callable[[float], float]) -> LabSeries:
     """What a formula gives at each x."""
     nothing = (None,) * len(x)

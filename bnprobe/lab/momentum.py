@@ -16,6 +16,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from statistics import linear_regression
 
@@ -28,22 +29,22 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
+    MissingFigureError,
     Results,
     Values,
     above,
+    average,
     below,
+    cell,
     formula,
-    mean_of,
     near,
     series,
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
-from bnprobe.lab.networks import conv_net, train
+from bnprobe.lab.networks import batch_norms, conv_net, train
 from bnprobe.numbers import count, percent
-from bnprobe.records import Estimate, LabChart, LabTable
-from bnprobe.report.figures import estimate
+from bnprobe.records import Claim, LabChart, LabTable
 
 MOMENTA = (0.9, 0.5, 0.1, 0.03, 0.01, 0.003)
 USUAL, FAST, SLOW = 0.1, 0.5, 0.01
@@ -96,154 +97,162 @@ class Momentum(Experiment):
                 found |= _shifted(model, images, shift, seed, budget)
         return found
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The formula, then who survives what, then the lag in training."""
-        slowly, quickly = results.where(rate=LOW), results.where(rate=HIGH)
-        usual, fast, slow = (slowly.where(momentum=momentum) for momentum in (USUAL, FAST, SLOW))
+        yield within(
+            "The momentum does not change what is learned: in training, batch statistics alone normalize.",
+            "Largest difference of the last losses from those with momentum 0.1, of all seeds",
+            _difference_of_losses(results),
+            0.0,
+        )
+        yield from _claims_of_shifts(results.where(rate=LOW))
+        yield from _claims_of_lag(results)
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Recovery in full, its times, where it starts from, and the lag in training."""
+        slowly = results.where(rate=LOW)
+        by_momentum = {f"momentum {momentum:g}": momentum for momentum in MOMENTA}
+        yield LabChart(
+            "recovery",
+            "Accuracy in eval mode while brighter batches pass in train mode",
+            "batches of the shifted images",
+            "share of right answers",
+            tuple(
+                slowly.where(momentum=momentum).along(f"accuracies, {BRIGHTNESS}", _grid(momentum, budget), name)
+                for name, momentum in by_momentum.items()
+            ),
+            (f"Each momentum is followed for {CONSTANTS} time constants.",),
+            x_scale="log",
+        )
         constants = [round(time_constant(momentum), 2) for momentum in MOMENTA]
-        return Findings(
-            claims=(
-                within(
-                    "The momentum does not change what is learned: in training, batch statistics alone normalize.",
-                    "Largest difference of the last losses from those with momentum 0.1, of all seeds",
-                    _difference_of_losses(results),
-                    0.0,
-                ),
-                near(
-                    "Running statistics follow a shift with the time constant -1/ln(1-m).",
-                    "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
-                    mean_of(_constants_over_formula(slowly)),
-                    0.05,
-                ),
-                near(
-                    "The batches until the accuracy is back grow in proportion to the time constant.",
-                    "Slope of their logarithm against that of the time constant, momenta from"
-                    f" {SLOW} to {FAST}, mean of brightness and domain",
-                    mean_of(_slopes(slowly)),
-                    0.1,
-                ),
-                below(
-                    "A brightness that only validation has costs accuracy.",
-                    f"Accuracy less that without a shift, momentum {USUAL}",
-                    usual.less(_as_trained(BRIGHTNESS), usual, _as_trained(NONE)),
-                ),
-                above(
-                    f"As it was trained, a network with momentum {FAST} survives the brightness better than one with"
-                    f" {SLOW}.",
-                    "Difference",
-                    fast.less(_as_trained(BRIGHTNESS), slow),
-                ),
+        figures = {shift: f"batches, {shift}" for shift in (BRIGHTNESS, DOMAIN)}
+        figures["measured time constant"] = "time constant"
+        yield LabChart(
+            "time",
+            f"Batches until the accuracy is within {BACK:g} of where it ends",
+            "time constant -1/ln(1-m), batches",
+            "batches",
+            (
                 *(
-                    above(
-                        f"After {EARLY} batches of it in train mode, momentum {FAST} has got over more of {what} than"
-                        f" {SLOW}.",
-                        f"Accuracy with {FAST} less that with {SLOW}",
-                        fast.less(_early(shift), slow),
-                    )
-                    for shift, what in ((BRIGHTNESS, "the brightness"), (DOMAIN, "the other domain"))
+                    series(name, constants, [slowly.where(momentum=each).mean(figure) for each in MOMENTA])
+                    for name, figure in figures.items()
                 ),
-                below(
-                    "Where only the frequencies of classes change, to follow them costs accuracy.",
-                    f"Accuracy after the shifted batches less that as trained, momentum {FAST}",
-                    fast.less(_at_last(CLASSES), fast, _as_trained(CLASSES)),
-                ),
-                above(
-                    f"So a small momentum survives swapped classes: after {EARLY} batches {SLOW} is better than"
-                    f" {FAST}.",
-                    "Difference",
-                    slow.less(_early(CLASSES), fast),
-                ),
-                above(
-                    "While a network learns at a high rate, a small momentum lags behind its weights.",
-                    f"Distance of the running mean with {SLOW} less that with {USUAL}, at the rate {HIGH:g}",
-                    quickly.where(momentum=SLOW).less("distance", quickly.where(momentum=USUAL)),
-                ),
-                above(
-                    "The lag grows with the learning rate.",
-                    f"Distance of the running mean at the rate {HIGH:g} less that at {LOW:g}, momentum {SLOW}",
-                    quickly.where(momentum=SLOW).less("distance", slow),
-                ),
-                above(
-                    "At a high learning rate that lag costs accuracy.",
-                    f"Accuracy lost to running statistics with momentum {SLOW} less that with {USUAL}",
-                    quickly.where(momentum=SLOW).less("lost accuracy", quickly.where(momentum=USUAL)),
-                ),
+                formula("the formula's time constant", constants, lambda constant: constant),
             ),
-            charts=(
-                LabChart(
-                    "recovery",
-                    "Accuracy in eval mode while brighter batches pass in train mode",
-                    "batches of the shifted images",
-                    "share of right answers",
-                    tuple(
-                        slowly.where(momentum=momentum).along(
-                            f"accuracies, {BRIGHTNESS}", _grid(momentum, budget), f"momentum {momentum:g}"
-                        )
-                        for momentum in MOMENTA
-                    ),
-                    (f"Each momentum is followed for {CONSTANTS} time constants.",),
-                    x_scale="log",
-                ),
-                LabChart(
-                    "time",
-                    f"Batches until the accuracy is within {BACK:g} of where it ends",
-                    "time constant -1/ln(1-m), batches",
-                    "batches",
-                    (
-                        *(
-                            series(
-                                shift,
-                                constants,
-                                [slowly.where(momentum=each).mean(f"batches, {shift}") for each in MOMENTA],
-                            )
-                            for shift in (BRIGHTNESS, DOMAIN)
-                        ),
-                        series(
-                            "measured time constant",
-                            constants,
-                            [slowly.where(momentum=each).mean("time constant") for each in MOMENTA],
-                        ),
-                        formula("the formula's time constant", constants, lambda constant: constant),
-                    ),
-                    x_scale="log",
-                    y_scale="log",
-                ),
-                LabChart(
-                    "shifts",
-                    "Accuracy in eval mode as trained",
-                    "shift at validation",
-                    "share of right answers",
-                    tuple(
-                        series(
-                            f"momentum {momentum:g}",
-                            list(SHIFTS),
-                            [slowly.where(momentum=momentum).mean(_as_trained(shift)) for shift in SHIFTS],
-                        )
-                        for momentum in MOMENTA
-                    ),
-                ),
-                LabChart(
-                    "lag",
-                    "How far running means are from those of the population, in training",
-                    "momentum",
-                    "root mean square, standard deviations",
-                    tuple(
-                        results.series("distance", "momentum", f"learning rate {rate:g}", rate=rate)
-                        for rate in (HIGH, LOW)
-                    ),
-                    ("Small momenta lag, and keep some of the initial values; large ones have the noise of a batch.",),
-                    x_scale="log",
-                    y_scale="log",
-                ),
+            x_scale="log",
+            y_scale="log",
+        )
+        as_trained = (
+            series(name, list(SHIFTS), [slowly.where(momentum=each).mean(_as_trained(shift)) for shift in SHIFTS])
+            for name, each in by_momentum.items()
+        )
+        title = "Accuracy in eval mode as trained"
+        yield LabChart("shifts", title, "shift at validation", "share of right answers", tuple(as_trained))
+        yield LabChart(
+            "lag",
+            "How far running means are from those of the population, in training",
+            "momentum",
+            "root mean square, standard deviations",
+            tuple(results.series("distance", "momentum", f"learning rate {rate:g}", rate=rate) for rate in (HIGH, LOW)),
+            ("Small momenta lag, and keep some of the initial values; large ones have the noise of a batch.",),
+            x_scale="log",
+            y_scale="log",
+        )
+
+    def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
+        """Accuracies as trained and later."""
+        slowly = results.where(rate=LOW)
+        scores = (("as trained", _as_trained), (f"{EARLY} batches", _early), ("at the end", _at_last))
+        yield LabTable(
+            "Accuracy in eval mode, before and while shifted batches pass in train mode",
+            ("shift", *(f"m = {momentum:g}" for momentum in MOMENTA)),
+            tuple(
+                (f"{shift}, {when}", *(cell(slowly.where(momentum=each).mean(name(shift))) for each in MOMENTA))
+                for shift in SHIFTS
+                for when, name in scores
             ),
-            tables=(_scores(slowly),),
-            notes=(
-                f"Swapped classes: the first half of the classes is drawn {OFTEN} times as often as the others in"
-                " training, and the others as often at validation; images and labels are as they are. Accuracies"
-                " weigh classes by these frequencies.",
-                *_left(budget),
+            (
+                f"The end is the mean of the last {LAST} scores, up to {CONSTANTS} time constants, {2 * EARLY} batches"
+                " at least.",
             ),
         )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """What swapped classes are, and which averages still know where they started."""
+        yield (
+            f"Swapped classes: the first half of the classes is drawn {OFTEN} times as often as the others in training,"
+            " and the others as often at validation; images and labels are as they are. Accuracies weigh classes by"
+            " these frequencies."
+        )
+        steps = budget.of(STEPS, 20)
+        for momentum in MOMENTA:
+            if (left := (1 - momentum) ** steps) > 0.01:
+                yield (
+                    f"After the {count(steps, 'step')} of training {percent(left)} of the running statistics with"
+                    f" momentum {momentum:g} are still the initial ones, mean 0 and variance 1."
+                )
+
+
+def _claims_of_shifts(slowly: Results) -> Iterator[Claim]:
+    usual, fast, slow = (slowly.where(momentum=momentum) for momentum in (USUAL, FAST, SLOW))
+    yield near(
+        "Running statistics follow a shift with the time constant -1/ln(1-m).",
+        "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
+        slowly.each_seed(_constant_over_formula),
+        0.05,
+    )
+    yield near(
+        "The batches until the accuracy is back grow in proportion to the time constant.",
+        f"Slope of their logarithm against that of the time constant, momenta from {SLOW} to {FAST}, mean of brightness"
+        " and domain",
+        slowly.each_seed(_slope),
+        0.1,
+    )
+    yield below(
+        "A brightness that only validation has costs accuracy.",
+        f"Accuracy less that without a shift, momentum {USUAL}",
+        usual.less(_as_trained(BRIGHTNESS), usual, _as_trained(NONE)),
+    )
+    yield above(
+        f"As it was trained, a network with momentum {FAST} survives the brightness better than one with {SLOW}.",
+        "Difference",
+        fast.less(_as_trained(BRIGHTNESS), slow),
+    )
+    for shift, name in ((BRIGHTNESS, "the brightness"), (DOMAIN, "the other domain")):
+        yield above(
+            f"After {EARLY} batches of it in train mode, momentum {FAST} has got over more of {name} than {SLOW}.",
+            f"Accuracy with {FAST} less that with {SLOW}",
+            fast.less(_early(shift), slow),
+        )
+    yield below(
+        "Where only the frequencies of classes change, to follow them costs accuracy.",
+        f"Accuracy after the shifted batches less that as trained, momentum {FAST}",
+        fast.less(_at_last(CLASSES), fast, _as_trained(CLASSES)),
+    )
+    yield above(
+        f"So a small momentum survives swapped classes: after {EARLY} batches {SLOW} is better than {FAST}.",
+        "Difference",
+        slow.less(_early(CLASSES), fast),
+    )
+
+
+def _claims_of_lag(results: Results) -> Iterator[Claim]:
+    usual, slow = (results.where(rate=HIGH, momentum=momentum) for momentum in (USUAL, SLOW))
+    yield above(
+        "While a network learns at a high rate, a small momentum lags behind its weights.",
+        f"Distance of the running mean with {SLOW} less that with {USUAL}, at the rate {HIGH:g}",
+        slow.less("distance", usual),
+    )
+    yield above(
+        "The lag grows with the learning rate.",
+        f"Distance of the running mean at the rate {HIGH:g} less that at {LOW:g}, momentum {SLOW}",
+        slow.less("distance", results.where(rate=LOW, momentum=SLOW)),
+    )
+    yield above(
+        "At a high learning rate that lag costs accuracy.",
+        f"Accuracy lost to running statistics with momentum {SLOW} less that with {USUAL}",
+        slow.less("lost accuracy", usual),
+    )
 
 
 def time_constant(momentum: float) -> float:
@@ -274,7 +283,7 @@ def _trained(model: nn.Sequential, images: Images, rate: float, seed: int, budge
             model.train()
 
     train(model, drawn(images, often, BATCH, steps, seed), rate, after_step)
-    return {"loss": losses[-1], "distance": _mean(distances), "lost accuracy": _mean(lost)}
+    return {"loss": losses[-1], "distance": average(distances), "lost accuracy": average(lost)}
 
 
 def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Budget) -> dict[str, Figure]:
@@ -284,9 +293,9 @@ def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Bu
     at_test = frequencies(images.test_labels, images.classes, swapped)
     held_out = change(images.test)
     model = copy.deepcopy(model)
-    first, many = _norms(model)[0], budget.of(POPULATION, 512)
+    first, many = batch_norms(model)[0], budget.of(POPULATION, 512)
     grid = _grid(first.momentum, budget)
-    aim = _norms(_with_population(model, change(next(drawn(images, often, many, 1, seed))[0])))[0].running_mean
+    aim = batch_norms(_with_population(model, change(next(drawn(images, often, many, 1, seed))[0])))[0].running_mean
     begin = first.running_mean - aim
     accuracies = {0: score(model, held_out, images.test_labels, at_test)}
     left = [1.0]
@@ -299,7 +308,7 @@ def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Bu
     found: dict[str, Figure] = {
         _as_trained(shift): accuracies[0],
         _early(shift): accuracies[EARLY],
-        _at_last(shift): _mean(list(accuracies.values())[-LAST:]),
+        _at_last(shift): average(list(accuracies.values())[-LAST:]),
         f"batches, {shift}": _back(accuracies) if grid[-1] >= CONSTANTS * time_constant(first.momentum) else None,
         f"accuracies, {shift}": [accuracies[batch] for batch in grid],
     }
@@ -313,15 +322,11 @@ def _grid(momentum: float, budget: Budget) -> list[int]:
     return sorted({*(round(1.25**power) for power in powers), EARLY, last})
 
 
-def _norms(model: nn.Module) -> list[BatchNorm]:
-    return [layer for layer in model.modules() if isinstance(layer, BatchNorm)]
-
-
 @torch.no_grad()
 def _with_population(model: nn.Module, pixels: Tensor) -> nn.Module:
     """A copy whose running statistics are those of one large batch."""
     other = copy.deepcopy(model)
-    for layer in _norms(other):
+    for layer in batch_norms(other):
         layer.momentum = 1.0
     other.train()(pixels)
     return other
@@ -329,9 +334,9 @@ def _with_population(model: nn.Module, pixels: Tensor) -> nn.Module:
 
 def _distance(model: nn.Module, exact: nn.Module) -> float:
     """Of running means from those of the population: root mean square over channels, mean over layers."""
-    pairs = zip(_norms(model), _norms(exact), strict=True)
+    pairs = zip(batch_norms(model), batch_norms(exact), strict=True)
     away = [(here.running_mean - there.running_mean) / (there.running_var + EPS).sqrt() for here, there in pairs]
-    return _mean([each.square().mean().sqrt().item() for each in away])
+    return average([each.square().mean().sqrt().item() for each in away])
 
 
 def frequencies(labels: Tensor, classes: int, swapped: bool = False) -> Tensor:
@@ -364,13 +369,9 @@ def crossing(left: Sequence[float]) -> float | None:
 
 def _back(accuracies: Mapping[int, float]) -> int:
     """The first batch after which the accuracy has come near the one at the end, the mean of the last scores."""
-    end = _mean(list(accuracies.values())[-LAST:])
+    end = average(list(accuracies.values())[-LAST:])
     toward = 1 if accuracies[0] < end else -1
     return next(batch for batch, accuracy in accuracies.items() if toward * (accuracy - end) >= -BACK)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -389,68 +390,30 @@ def _at_last(shift: str) -> str:
 
 
 def _difference_of_losses(results: Results) -> float | None:
-    found = [
-        abs(loss - usual[seed])
-        for rate in (LOW, HIGH)
-        if (usual := results.where(rate=rate, momentum=USUAL).by_seed("loss"))
+    by_rate = (results.where(rate=rate) for rate in (LOW, HIGH))
+    pairs = [
+        pair
+        for found in by_rate
         for momentum in MOMENTA
-        for seed, loss in results.where(rate=rate, momentum=momentum).by_seed("loss").items()
-        if seed in usual
+        for pair in found.where(momentum=momentum).paired("loss", found.where(momentum=USUAL))
     ]
-    return max(found, default=None)
+    return max((abs(here - usual) for here, usual in pairs), default=None)
 
 
-def _constants_over_formula(results: Results) -> list[float]:
-    """The mean over the momenta whose time constant was reached, for each seed."""
-    ratios: dict[int, list[float]] = {}
-    for momentum in MOMENTA:
-        for seed, found in results.where(momentum=momentum).by_seed("time constant").items():
-            ratios.setdefault(seed, []).append(found / time_constant(momentum))
-    return [_mean(each) for each in ratios.values()]
+def _constant_over_formula(of_seed: Results) -> float:
+    """The mean over the momenta whose time constant was reached."""
+    found = {momentum: of_seed.where(momentum=momentum).values("time constant") for momentum in MOMENTA}
+    return average([each / time_constant(momentum) for momentum, values in found.items() for each in values])
 
 
-def _slopes(results: Results) -> list[float]:
-    """Of the logarithm of batches against that of the time constant, the mean of two shifts, for each seed."""
-    slopes: dict[int, list[float]] = {}
-    momenta = [each for each in MOMENTA if SLOW <= each <= FAST]
+def _slope(of_seed: Results) -> float:
+    """Of the logarithm of batches against that of the time constant, the mean of the shifts where all are back."""
+    momenta = [momentum for momentum in MOMENTA if SLOW <= momentum <= FAST]
+    constants = [math.log(time_constant(momentum)) for momentum in momenta]
+    slopes = []
     for shift in (BRIGHTNESS, DOMAIN):
-        found = {momentum: results.where(momentum=momentum).by_seed(f"batches, {shift}") for momentum in momenta}
-        for seed in found[FAST]:
-            points = [(time_constant(each), of.get(seed, 0.0)) for each, of in found.items()]
-            if all(batches > 0 for _, batches in points):
-                x, y = zip(*((math.log(constant), math.log(batches)) for constant, batches in points), strict=True)
-                slopes.setdefault(seed, []).append(linear_regression(x, y).slope)
-    return [_mean(each) for each in slopes.values()]
-
-
-def _scores(results: Results) -> LabTable:
-    def shown(found: Estimate | None) -> str:
-        return "" if found is None else estimate(found, False)
-
-    rows = (
-        (
-            f"{shift}, {when}",
-            *(shown(results.where(momentum=momentum).mean(name(shift))) for momentum in MOMENTA),
-        )
-        for shift in SHIFTS
-        for when, name in (("as trained", _as_trained), (f"{EARLY} batches", _early), ("at the end", _at_last))
-    )
-    return LabTable(
-        "Accuracy in eval mode, before and while shifted batches pass in train mode",
-        ("shift", *(f"m = {momentum:g}" for momentum in MOMENTA)),
-        tuple(rows),
-        (
-            f"The end is the mean of the last {LAST} scores, up to {CONSTANTS} time constants, {2 * EARLY} batches at"
-            " least.",
-        ),
-    )
-
-
-def _left(budget: Budget) -> Iterator[str]:
-    steps = budget.of(STEPS, 20)
-    for momentum in MOMENTA:
-        if (left := (1 - momentum) ** steps) > 0.01:
-            yield (
-                f"After the {count(steps, 'step')} of training {percent(left)} of the running statistics with momentum"
-                f" {momentum:g} are still the initial ones, mean 0 and variance 1."
-            )
+        with suppress(MissingFigureError):
+            batches = [of_seed.value(f"batches, {shift}", momentum=momentum) for momentum in momenta]
+            if all(batches):
+                slopes.append(linear_regression(constants, [math.log(each) for each in batches]).slope)
+    return average(slopes)

@@ -93,8 +93,8 @@ def test_batches_in_proportion_to_the_time_constant_have_slope_one() -> None:
             for each in momentum.MOMENTA
         )
 
-    assert momentum._slopes(results(1.0)) == pytest.approx([1.0])
-    assert momentum._slopes(results(0.5)) == pytest.approx([0.5])
+    assert momentum._slope(results(1.0)) == pytest.approx(1.0)
+    assert momentum._slope(results(0.5)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("weight", momentum.MOMENTA)
