@@ -16,7 +16,7 @@ and pairs of values that occur and N the images; this is subtracted (Miller 1955
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,6 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
@@ -37,7 +36,7 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
-from bnprobe.lab.networks import Norm, conv_net, take_population, train
+from bnprobe.lab.networks import Norm, conv_net, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart
 
 STEPS, BATCH, RATE = 150, 64, 0.05
@@ -107,166 +106,131 @@ class OneClass(Experiment):
             RATE,
             lambda step, loss: set_limits(model, *schedule.at(step + 1)),
         )
-        for layer in model:
-            if isinstance(layer, BatchNorm):
-                layer.momentum = 0.0  # what is measured does not depend on what was measured before
+        keep_statistics(model)  # so that what is measured does not depend on what was measured before
         found = []
         for change in TARGETS.values():
             learned, held = change(images.train[probed]), change(images.test)
             if state == RECALIBRATED:
                 take_population(model, learned)
             model.train(state in IN_TRAIN_MODE)
-            parts = [
-                _look(model, pixels, labels, sort)
-                for pixels, labels in ((learned, images.train_labels[probed]), (held, images.test_labels))
-            ]
-            told = _told(parts[0], parts[1], images.classes)
+            here = _look(model, learned, images.train_labels[probed], sort)
+            told = _told(here, _look(model, held, images.test_labels, sort), images.classes)
             if sort:
-                count = budget.of(STRANGERS, 10)
-                told |= _strangers(model, held, images.test_labels, parts[0], count, draws)
+                told |= _strangers(model, held, images.test_labels, here, budget.of(STRANGERS, 10), draws)
             found.append(told)
         means = {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
         by_target = {f"accuracy, {name}": each["accuracy"] for name, each in zip(TARGETS, found, strict=True)}
         return {**means, **by_target}
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What each layer leaves, and what the network makes of it."""
         one = {state: results.where(layer=state, batches=ONE_CLASS) for state in STATES}
-        batch = one[BATCH_STATISTICS]
+        batch, source = one[BATCH_STATISTICS], one[SOURCE]
         means, positions = _name(3, MEANS, "linear"), _name(3, POSITIONS, "linear")
-
-        def more(text: str, name: str, here: Results, there: Results) -> Claim:
-            what = "Difference of accuracy" if name == "accuracy" else "Difference in bits"
-            return above(text, what, here.less(name, there))
-
-        return Findings(
-            claims=(
-                within(
-                    "In batches of one class, batch norm in train mode erases the class from the means of channels"
-                    " exactly.",
-                    "Share of the variance of channel means that is between classes, at most in any layer",
-                    batch.largest("between classes"),
-                    1e-6,
-                ),
-                more(
-                    "Statistics of the source keep more of the class than those of the batch (channel means).",
-                    means,
-                    one[SOURCE],
-                    batch,
-                ),
-                more(
-                    "Statistics of the source keep more of the class than those of the batch (all positions).",
-                    positions,
-                    one[SOURCE],
-                    batch,
-                ),
-                above(
-                    "What positions then tell is the company: a probe takes a stranger for one of the other class"
-                    " more often than for itself, under batch norm in train mode.",
-                    "Difference of shares",
-                    batch.less("taken for its company", batch, "taken for itself"),
-                ),
-                below(
-                    "With statistics of the source a probe takes a stranger for itself more often than for its"
-                    " company.",
-                    "Difference of shares",
-                    one[SOURCE].less("taken for its company", one[SOURCE], "taken for itself"),
-                ),
-                more(
-                    "Batch Renorm, in train mode as well, keeps more of the class than batch norm (channel means).",
-                    means,
-                    one[RENORM],
-                    batch,
-                ),
-                more(
-                    "Layer norm, which sees no batch, keeps more of the class than batch norm (channel means).",
-                    means,
-                    one[LAYER_NORM],
-                    batch,
-                ),
-                below(
-                    "The network itself is less accurate on batches of one class than on mixed ones, in train mode.",
-                    "Difference of accuracy",
-                    batch.less("accuracy", results.where(layer=BATCH_STATISTICS, batches=MIXED)),
-                ),
-                more(
-                    "Recalibrated on the target, it is more accurate than with statistics of the source.",
-                    "accuracy",
-                    one[RECALIBRATED],
-                    one[SOURCE],
-                ),
-            ),
-            charts=(
-                LabChart(
-                    "told",
-                    "What the last normalization tells of the class, in batches of one class",
-                    "layer",
-                    "bits",
-                    tuple(
-                        series(
-                            f"{what}, {probe}", list(STATES), [one[each].mean(_name(3, what, probe)) for each in STATES]
-                        )
-                        for what in (MEANS, POSITIONS)
-                        for probe in PROBES
-                    ),
-                    _READ,
-                ),
-                LabChart(
-                    "strangers",
-                    "What a probe takes a stranger for: an image in a batch of another class",
-                    "layer",
-                    "share of strangers",
-                    tuple(
-                        series(name, list(STATES), [found.mean(name) for found in one.values()])
-                        for name in ("taken for itself", "taken for its company")
-                    ),
-                    ("The linear probe on all positions, which learned from batches of one class.",),
-                ),
-                LabChart(
-                    "depth",
-                    "What each normalization tells to a linear probe on all positions, in batches of one class",
-                    "normalization, from the input",
-                    "bits",
-                    tuple(
-                        series(
-                            state,
-                            ["first", "second", "third"],
-                            [found.mean(_name(depth, POSITIONS, "linear")) for depth in (1, 2, 3)],
-                        )
-                        for state, found in one.items()
-                    ),
-                ),
-                LabChart(
-                    "accuracy",
-                    "Accuracy of the network itself, in batches of one class",
-                    "layer",
-                    "share of right answers",
-                    tuple(
-                        series(target, list(STATES), [found.mean(f"accuracy, {target}") for found in one.values()])
-                        for target in TARGETS
-                    ),
-                ),
-            ),
-            notes=(
-                "The network learned from half of the training images. Probes learned from the other half, changed as"
-                " the target is, and predict the images that were held out, changed alike. Figures without a target are"
-                " means over all of them.",
-                f"The linear probe is ridge regression on the classes, the other the vote of {NEIGHBOURS} nearest"
-                " neighbours. Bits are the mutual information of prediction and class, less the first-order bias of"
-                " counts: a lower bound on what activations tell. (Without a wrong prediction the correction puts it a"
-                " hundredth of a bit above the entropy of the classes.)",
-                f"Where activations have more than {GRID} x {GRID} positions, means over the parts of such a grid stand"
-                " for all.",
-                "Recalibrated statistics are those of all target images that probes learn from, taken together.",
-                SCHEDULE,
-            ),
+        yield within(
+            "In batches of one class, batch norm in train mode erases the class from the means of channels exactly.",
+            "Share of the variance of channel means that is between classes, at most in any layer",
+            batch.largest("between classes"),
+            1e-6,
+        )
+        for where, name in ((MEANS, means), (POSITIONS, positions)):
+            yield above(
+                f"Statistics of the source keep more of the class than those of the batch ({where}).",
+                "Difference in bits",
+                source.less(name, batch),
+            )
+        yield above(
+            "What positions then tell is the company: a probe takes a stranger for one of the other class more often"
+            " than for itself, under batch norm in train mode.",
+            "Difference of shares",
+            batch.less("taken for its company", batch, "taken for itself"),
+        )
+        yield below(
+            "With statistics of the source a probe takes a stranger for itself more often than for its company.",
+            "Difference of shares",
+            source.less("taken for its company", source, "taken for itself"),
+        )
+        for which, state in (
+            ("Batch Renorm, in train mode as well,", RENORM),
+            ("Layer norm, which sees no batch,", LAYER_NORM),
+        ):
+            yield above(
+                f"{which} keeps more of the class than batch norm ({MEANS}).",
+                "Difference in bits",
+                one[state].less(means, batch),
+            )
+        yield below(
+            "The network itself is less accurate on batches of one class than on mixed ones, in train mode.",
+            "Difference of accuracy",
+            batch.less("accuracy", results.where(layer=BATCH_STATISTICS, batches=MIXED)),
+        )
+        yield above(
+            "Recalibrated on the target, it is more accurate than with statistics of the source.",
+            "Difference of accuracy",
+            one[RECALIBRATED].less("accuracy", source),
         )
 
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """What each layer tells, and whom it takes a stranger for."""
+        one = results.where(batches=ONE_CLASS)
+        told = {_name(3, what, probe): f"{what}, {probe}" for what in (MEANS, POSITIONS) for probe in PROBES}
+        yield LabChart(
+            "told",
+            "What the last normalization tells of the class, in batches of one class",
+            "layer",
+            "bits",
+            one.several_series("layer", told),
+            (
+                "A class has log2 of the number of classes in bits, where all are as frequent. Layers in eval mode and"
+                " layer norm see no batch: they tell the same in any.",
+            ),
+        )
+        yield LabChart(
+            "strangers",
+            "What a probe takes a stranger for: an image in a batch of another class",
+            "layer",
+            "share of strangers",
+            one.several_series("layer", {name: name for name in ("taken for itself", "taken for its company")}),
+            ("The linear probe on all positions, which learned from batches of one class.",),
+        )
+        depths = [_name(depth, POSITIONS, "linear") for depth in (1, 2, 3)]
+        yield LabChart(
+            "depth",
+            "What each normalization tells to a linear probe on all positions, in batches of one class",
+            "normalization, from the input",
+            "bits",
+            tuple(
+                series(state, ["first", "second", "third"], [one.where(layer=state).mean(name) for name in depths])
+                for state in STATES
+            ),
+        )
+        yield LabChart(
+            "accuracy",
+            "Accuracy of the network itself, in batches of one class",
+            "layer",
+            "share of right answers",
+            one.several_series("layer", {f"accuracy, {target}": target for target in TARGETS}),
+        )
 
-_READ = (
-    "A class has log2 of the number of classes in bits, where all are as frequent. Layers in eval mode and layer norm"
-    " see no batch: they tell the same in any.",
-)
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """What probes learned from, and what their bits are."""
+        yield (
+            "The network learned from half of the training images. Probes learned from the other half, changed as the"
+            " target is, and predict the images that were held out, changed alike. Figures without a target are means"
+            " over all of them."
+        )
+        yield (
+            f"The linear probe is ridge regression on the classes, the other the vote of {NEIGHBOURS} nearest"
+            " neighbours. Bits are the mutual information of prediction and class, less the first-order bias of counts:"
+            " a lower bound on what activations tell. (Without a wrong prediction the correction puts it a hundredth of"
+            " a bit above the entropy of the classes.)"
+        )
+        yield (
+            f"Where activations have more than {GRID} x {GRID} positions, means over the parts of such a grid stand for"
+            " all."
+        )
+        yield "Recalibrated statistics are those of all target images that probes learn from, taken together."
+        yield SCHEDULE
 
 
 class Looked(NamedTuple):
