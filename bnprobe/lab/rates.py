@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,18 +24,18 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
+    MissingFigureError,
     Results,
     Values,
     above,
+    average,
     below,
-    mean_of,
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
-from bnprobe.lab.networks import NORMS, Norm, conv_net, held_out_accuracy, train
+from bnprobe.lab.networks import NORMS, Norm, batch_norms, conv_net, held_out_accuracy, train
 from bnprobe.numbers import percent, score
-from bnprobe.records import Estimate, LabChart, LabTable
+from bnprobe.records import Claim, Estimate, LabChart, LabTable
 from bnprobe.report.figures import estimate
 
 NONE, NORM = "none", "batch norm"
@@ -60,6 +60,42 @@ REACHES = (0.5, 1.0, 2.0, 3.0, 4.0)
 """How far it is followed, as multiples of the learning rate, as in the paper."""
 
 
+EXACTLY = (
+    (
+        "Multiplying the weights before a batch norm by a number does not change the loss (eps = 0).",
+        f"Largest relative change, for factors from {FACTORS[0]:g} to {FACTORS[-1]:g}",
+        "change of the loss, eps = 0",
+    ),
+    (
+        "Weights c times as large have a gradient 1/c as large (eps = 0).",
+        "Largest relative deviation",
+        "deviation of the gradient, eps = 0",
+    ),
+    (
+        "The gradient of a filter is orthogonal to it (eps = 0).",
+        "Largest cosine between a filter and its gradient",
+        "cosine, eps = 0",
+    ),
+    (
+        "So plain SGD only lengthens weights: their squared length grows by the squares of its steps (eps = 0).",
+        "Largest relative deviation from the sum of squares",
+        "deviation of the growth",
+    ),
+    (
+        "With eps, multiplying weights by c is the same as dividing eps by its square.",
+        "Largest relative difference of the losses",
+        "deviation from another eps",
+    ),
+    (
+        "The bias of a convolution before a batch norm has no effect in training.",
+        "Largest of the relative change of the loss, where every bias is moved by 10 or so, and of the bias' gradient"
+        " over that of batch norm's",
+        "effect of the bias",
+    ),
+)
+"""What holds exactly: the claim, what is looked at, and the name of the figure, which should be 0."""
+
+
 class Rates(Experiment):
     """A sweep of rates, a look at the scale of weights, and trainings along which the gradient is followed."""
 
@@ -81,139 +117,137 @@ class Rates(Experiment):
             return _trained(images, norm, float(condition["rate"]), seed, budget)
         return _along_gradients(images, norm, seed, budget)
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """How high the rate may be, then the explanations."""
+        yield from _claims_of_rates(results.where(part=SWEEP))
+        scale = results.where(part=SCALE)
+        for claim, what, figure in EXACTLY:
+            yield within(claim, what, scale.largest(figure), EXACT)
+        smooth, rough = (results.where(part=SMOOTHNESS, normalization=name) for name in (NORM, NONE))
+        for name, claim, letter in (
+            ("range of the loss", "the loss varies less along its gradient", "a"),
+            ("change of the gradient", "the gradient changes less along itself", "b"),
+            ("effective smoothness", "the effective smoothness is better, a smaller beta", "c"),
+        ):
+            yield below(
+                f"With batch norm {claim} (Santurkar et al., figure 4{letter}).",
+                f"{name[0].upper()}{name[1:]}, mean over the training, less that without",
+                smooth.less(name, rough),
+            )
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """The sweep, what eps does, and what is found along the gradient."""
         sweep, scale, smoothness = (results.where(part=part) for part in (SWEEP, SCALE, SMOOTHNESS))
-        norm, none = (sweep.where(normalization=name) for name in (NORM, NONE))
-        best = _best(none)
-        thirty = min(RATES, key=lambda rate: abs(math.log(rate / best / TIMES)))
-        in_sweep = thirty > TIMES * best / 2
-        smooth, rough = (smoothness.where(normalization=name) for name in (NORM, NONE))
-        steps = _measured(budget)
-        return Findings(
-            claims=(
-                above(
-                    "With batch norm the network learns at higher rates.",
-                    "Highest rate at which it learns, over that without, in powers of ten",
-                    mean_of(_reach(norm, none)),
-                ),
-                above(
-                    f"With batch norm and {TIMES} times the rate that is best without, the network is more accurate"
-                    " than without at that rate (section 4.2.2 of the paper).",
-                    f"Held-out accuracy at {thirty:g} less that without at {best:g}",
-                    norm.where(rate=thirty).less("accuracy", none.where(rate=best)) if in_sweep else None,
-                ),
-                within(
-                    "Multiplying the weights before a batch norm by a number does not change the loss (eps = 0).",
-                    f"Largest relative change, for factors from {FACTORS[0]:g} to {FACTORS[-1]:g}",
-                    scale.largest("change of the loss, eps = 0"),
-                    EXACT,
-                ),
-                within(
-                    "Weights c times as large have a gradient 1/c as large (eps = 0).",
-                    "Largest relative deviation",
-                    scale.largest("deviation of the gradient, eps = 0"),
-                    EXACT,
-                ),
-                within(
-                    "The gradient of a filter is orthogonal to it (eps = 0).",
-                    "Largest cosine between a filter and its gradient",
-                    scale.largest("cosine, eps = 0"),
-                    EXACT,
-                ),
-                within(
-                    "So plain SGD only lengthens weights: their squared length grows by the squares of its steps"
-                    " (eps = 0).",
-                    "Largest relative deviation from the sum of squares",
-                    scale.largest("deviation of the growth"),
-                    EXACT,
-                ),
-                within(
-                    "With eps, multiplying weights by c is the same as dividing eps by its square.",
-                    "Largest relative difference of the losses",
-                    scale.largest("deviation from another eps"),
-                    EXACT,
-                ),
-                within(
-                    "The bias of a convolution before a batch norm has no effect in training.",
-                    "Largest of the relative change of the loss, where every bias is moved by 10 or so, and of the"
-                    " bias' gradient over that of batch norm's",
-                    scale.largest("effect of the bias"),
-                    EXACT,
-                ),
-                *(
-                    below(
-                        f"With batch norm {what} (Santurkar et al., figure 4{letter}).",
-                        f"{name[0].upper()}{name[1:]}, mean over the training, less that without",
-                        smooth.less(name, rough),
-                    )
-                    for name, what, letter in (
-                        ("range of the loss", "the loss varies less along its gradient", "a"),
-                        ("change of the gradient", "the gradient changes less along itself", "b"),
-                        ("effective smoothness", "the effective smoothness is better, a smaller beta", "c"),
-                    )
-                ),
-            ),
-            charts=(
-                LabChart(
-                    "accuracy",
-                    "Held-out accuracy against the learning rate",
-                    "learning rate",
-                    "share of right answers",
-                    tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in (NORM, NONE)),
-                    (f"SGD with momentum 0.9, batches of {BATCH}, {_steps(budget):,} steps.",),
-                    x_scale="log",
-                ),
-                LabChart(
-                    "scale",
-                    f"How inexact eps = {EPS:g} makes it",
-                    "factor of the weights",
-                    "relative change of the loss",
-                    (
-                        scale.along("change of the loss with eps", FACTORS, "weights times the factor"),
-                        replace(
-                            scale.along("change by another eps", FACTORS, "eps over the factor squared instead"),
-                            theory=True,
-                        ),
-                    ),
-                    (
-                        "Small weights feel eps, as it is no longer small against the variance; for large ones it is"
-                        " as if it were left out.",
-                    ),
-                    x_scale="log",
-                    y_scale="log",
-                ),
-                *(
-                    LabChart(
-                        name,
-                        title,
-                        "steps of training",
-                        y,
-                        (smooth.along(figure, steps, NORM), rough.along(figure, steps, NONE)),
-                        legend,
-                        y_scale="log",
-                    )
-                    for name, title, y, figure, legend in (
-                        (
-                            "loss",
-                            "How much the loss varies along its gradient",
-                            "largest less smallest loss",
-                            "ranges",
-                            (f"Steps of {REACHES[0]:g} to {REACHES[-1]:g} times the learning rate of {RATE:g}.",),
-                        ),
-                        (
-                            "smoothness",
-                            "Effective smoothness: how fast the gradient changes along itself",
-                            "change of the gradient over the distance",
-                            "smoothnesses",
-                            (),
-                        ),
-                    )
-                ),
-            ),
-            tables=(_outcomes(sweep),),
-            notes=tuple(_notes(scale)),
+        yield LabChart(
+            "accuracy",
+            "Held-out accuracy against the learning rate",
+            "learning rate",
+            "share of right answers",
+            tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in (NORM, NONE)),
+            (f"SGD with momentum 0.9, batches of {BATCH}, {_steps(budget):,} steps.",),
+            x_scale="log",
         )
+        other_eps = scale.along("change by another eps", FACTORS, "eps over the factor squared instead")
+        yield LabChart(
+            "scale",
+            f"How inexact eps = {EPS:g} makes it",
+            "factor of the weights",
+            "relative change of the loss",
+            (
+                scale.along("change of the loss with eps", FACTORS, "weights times the factor"),
+                replace(other_eps, theory=True),
+            ),
+            (
+                "Small weights feel eps, as it is no longer small against the variance; for large ones it is as if it"
+                " were left out.",
+            ),
+            x_scale="log",
+            y_scale="log",
+        )
+        steps = _measured(budget)
+        ranges, smoothnesses = (
+            tuple(smoothness.where(normalization=name).along(figure, steps, name) for name in (NORM, NONE))
+            for figure in ("ranges", "smoothnesses")
+        )
+        yield LabChart(
+            "loss",
+            "How much the loss varies along its gradient",
+            "steps of training",
+            "largest less smallest loss",
+            ranges,
+            (f"Steps of {REACHES[0]:g} to {REACHES[-1]:g} times the learning rate of {RATE:g}.",),
+            y_scale="log",
+        )
+        yield LabChart(
+            "smoothness",
+            "Effective smoothness: how fast the gradient changes along itself",
+            "steps of training",
+            "change of the gradient over the distance",
+            smoothnesses,
+            y_scale="log",
+        )
+
+    def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
+        """What becomes of each rate."""
+        sweep = results.where(part=SWEEP)
+        figures: Sequence[tuple[str, str, Callable[[Estimate], str]]] = (
+            ("loss", "loss", estimate),
+            ("exploded", "explodes", lambda found: percent(found.mean)),
+            ("growth of weights", "growth of the weights", lambda found: score(found.mean)),
+        )
+
+        def row(rate: float) -> Iterator[str]:
+            yield f"{rate:g}"
+            for _, figure, write in figures:
+                for name in (NORM, NONE):
+                    found = sweep.where(rate=rate, normalization=name).mean(figure)
+                    yield "no number" if found is None else write(found)
+
+        yield LabTable(
+            "What becomes of each rate",
+            ("rate", *(f"{heading}, {name}" for heading, *_ in figures for name in (NORM, NONE))),
+            tuple(tuple(row(rate)) for rate in RATES),
+            (
+                "Loss: mean over the last tenth of the steps, of seeds in which it is a number. Exploded: share of"
+                " seeds with a loss of more than ten times that of guessing, or of no number, at some step. Growth:"
+                " length of the weights of a convolution at the end over that at the start.",
+            ),
+        )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """Where this holds, and how far with the usual eps."""
+        scale = results.where(part=SCALE)
+        yield (
+            "In training alone: at inference the running averages normalize, which do not follow weights and biases"
+            " that are changed by hand."
+        )
+        curve = scale.along("change of the loss with eps", FACTORS, "").y
+        cosine = scale.largest("cosine with eps")
+        small, large = curve[FACTORS.index(0.1)], curve[FACTORS.index(10.0)]
+        if small is not None and large is not None and cosine is not None:
+            yield (
+                f"With the usual eps of {EPS:g} the loss changes by {score(small)} of itself where weights are a tenth,"
+                f" and by {score(large)} where they are ten times as large; the largest cosine between a filter and its"
+                f" gradient is {score(cosine)}."
+            )
+
+
+def _claims_of_rates(sweep: Results) -> Iterator[Claim]:
+    norm, none = (sweep.where(normalization=name) for name in (NORM, NONE))
+    yield above(
+        "With batch norm the network learns at higher rates.",
+        "Highest rate at which it learns, over that without, in powers of ten",
+        sweep.each_seed(_reach),
+    )
+    best = _best(none)
+    thirty = min(RATES, key=lambda rate: abs(math.log(rate / best / TIMES)))
+    in_sweep = thirty > TIMES * best / 2
+    yield above(
+        f"With batch norm and {TIMES} times the rate that is best without, the network is more accurate than without at"
+        " that rate (section 4.2.2 of the paper).",
+        f"Held-out accuracy at {thirty:g} less that without at {best:g}",
+        norm.where(rate=thirty).less("accuracy", none.where(rate=best)) if in_sweep else None,
+    )
 
 
 # --- Rates ------------------------------------------------------------------------------------------------------------
@@ -226,7 +260,7 @@ def _trained(images: Images, norm: Norm, rate: float, seed: int, budget: Budget)
     losses: list[float] = []
     train(model, _drawn(images, seed, _steps(budget)), rate, lambda _, loss: losses.append(loss))
     last = losses[-max(len(losses) // 10, 1) :]
-    loss = math.fsum(last) / len(last)
+    loss = average(last)
     guessing = math.log(images.classes)
     growth = [after / start for after, start in zip(_lengths(model), before, strict=True)]
     return {
@@ -234,7 +268,7 @@ def _trained(images: Images, norm: Norm, rate: float, seed: int, budget: Budget)
         "learns": float(loss < guessing / 2),
         "explodes": float(not all(loss < 10 * guessing for loss in losses)),  # which no number is not either
         "accuracy": held_out_accuracy(model, images.test, images.test_labels),
-        "growth of the weights": math.fsum(growth) / len(growth),
+        "growth of the weights": average(growth),
     }
 
 
@@ -262,45 +296,17 @@ def _best(sweep: Results) -> float:
     return max(RATES, key=lambda rate: -1.0 if (found := means[rate]) is None else found.mean)
 
 
-def _reach(norm: Results, none: Results) -> list[float]:
-    """The highest rate at which a network learns over that of the other, in powers of ten, for each seed."""
-
-    def highest(sweep: Results) -> Mapping[int, float]:
-        found: dict[int, float] = {}
-        for rate in RATES:
-            found |= {seed: rate for seed, learns in sweep.where(rate=rate).by_seed("learns").items() if learns}
-        return found
-
-    here, there = highest(norm), highest(none)
-    return [math.log10(here[seed] / there[seed]) for seed in here if seed in there]
+def _reach(of_seed: Results) -> float:
+    """The highest rate at which the network learns with batch norm over that without, in powers of ten."""
+    return math.log10(_highest(of_seed, NORM) / _highest(of_seed, NONE))
 
 
-def _outcomes(sweep: Results) -> LabTable:
-    def shown(found: Estimate | None, write: Callable[[Estimate], str]) -> str:
-        return "no number" if found is None else write(found)
-
-    rows = []
-    for rate in RATES:
-        arms = [sweep.where(rate=rate, normalization=name) for name in (NORM, NONE)]
-        rows.append(
-            (
-                f"{rate:g}",
-                *(shown(arm.mean("loss"), lambda found: estimate(found, False)) for arm in arms),
-                *(shown(arm.mean("explodes"), lambda found: percent(found.mean)) for arm in arms),
-                *(shown(arm.mean("growth of the weights"), lambda found: score(found.mean)) for arm in arms),
-            )
-        )
-    figures = ("loss", "exploded", "growth of weights")
-    return LabTable(
-        "What becomes of each rate",
-        ("rate", *(f"{figure}, {name}" for figure in figures for name in (NORM, NONE))),
-        tuple(rows),
-        (
-            "Loss: mean over the last tenth of the steps, of seeds in which it is a number. Exploded: share of seeds"
-            " with a loss of more than ten times that of guessing, or of no number, at some step. Growth: length of"
-            " the weights of a convolution at the end over that at the start.",
-        ),
-    )
+def _highest(of_seed: Results, normalization: str) -> float:
+    arm = of_seed.where(normalization=normalization)
+    learns = [rate for rate in RATES if any(arm.where(rate=rate).values("learns"))]
+    if not learns:
+        raise MissingFigureError("learns")
+    return learns[-1]
 
 
 # --- Scales -----------------------------------------------------------------------------------------------------------
@@ -345,9 +351,8 @@ def _scale(images: Images, seed: int, budget: Budget) -> Values:
 def _with_eps(model: nn.Module, eps: float) -> nn.Module:
     """A copy whose batch norms have another eps."""
     other = copy.deepcopy(model)
-    for layer in other.modules():
-        if isinstance(layer, BatchNorm):
-            layer.eps = eps
+    for layer in batch_norms(other):
+        layer.eps = eps
     return other
 
 
@@ -399,25 +404,9 @@ def _effect_of_bias(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
         for bias in biases:
             bias += 10 * torch.randn_like(bias)
     there = F.cross_entropy(moved.train()(batch[0]), batch[1])
-    shifts = [layer.bias for layer in moved.modules() if isinstance(layer, BatchNorm)]
+    shifts = [layer.bias for layer in batch_norms(moved)]
     by_bias, by_shift = (torch.cat(torch.autograd.grad(there, of, retain_graph=True)) for of in (biases, shifts))
     return max(abs(there.item() - loss) / loss, float(by_bias.norm() / by_shift.norm()))
-
-
-def _notes(scale: Results) -> Iterable[str]:
-    yield (
-        "In training alone: at inference the running averages normalize, which do not follow weights and biases that"
-        " are changed by hand."
-    )
-    curve = scale.along("change of the loss with eps", FACTORS, "").y
-    cosine = scale.largest("cosine with eps")
-    small, large = curve[FACTORS.index(0.1)], curve[FACTORS.index(10.0)]
-    if small is not None and large is not None and cosine is not None:
-        yield (
-            f"With the usual eps of {EPS:g} the loss changes by {score(small)} of itself where weights are a tenth, and"
-            f" by {score(large)} where they are ten times as large; the largest cosine between a filter and its"
-            f" gradient is {score(cosine)}."
-        )
 
 
 # --- Smoothness -------------------------------------------------------------------------------------------------------
@@ -436,9 +425,13 @@ def _along_gradients(images: Images, norm: Norm, seed: int, budget: Budget) -> V
 
     train(model, drawn, RATE, after_step)
     ranges, changes, smoothnesses = zip(*found, strict=True)
-    means = [math.fsum(each) / len(each) for each in (ranges, changes, smoothnesses)]
-    names = ("range of the loss", "change of the gradient", "effective smoothness")
-    return {**dict(zip(names, means, strict=True)), "ranges": ranges, "smoothnesses": smoothnesses}
+    return {
+        "range of the loss": average(ranges),
+        "change of the gradient": average(changes),
+        "effective smoothness": average(smoothnesses),
+        "ranges": ranges,
+        "smoothnesses": smoothnesses,
+    }
 
 
 def _measured(budget: Budget) -> list[int]:

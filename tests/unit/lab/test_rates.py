@@ -10,7 +10,7 @@ from torch import nn
 
 from bnprobe.lab import rates
 from bnprobe.lab.data import load
-from bnprobe.lab.experiment import Budget, Results
+from bnprobe.lab.experiment import Budget, MissingFigureError, Results
 from bnprobe.lab.networks import NORMS, conv_net
 from bnprobe.records import Trial
 
@@ -92,16 +92,20 @@ def test_a_rate_beyond_measure_explodes_and_a_small_one_does_not() -> None:
     assert explodes == {0.01: 0.0, 1e6: 1.0}
 
 
-def test_the_reach_is_that_of_the_highest_rate_at_which_each_seed_learns() -> None:
-    def sweep(*highest: float) -> Results:
-        return Results(
-            Trial({"rate": rate}, seed, {"learns": float(rate <= most and rate != 0.03)}, 0.0)
-            for seed, most in enumerate(highest)
-            for rate in rates.RATES
+def test_the_reach_is_that_of_the_highest_rates_at_which_networks_learn() -> None:
+    def reach(norm: float, none: float) -> float:
+        return rates._reach(
+            Results(
+                Trial({"rate": rate, "normalization": name}, 0, {"learns": float(rate <= most and rate != 0.03)}, 0.0)
+                for name, most in ((rates.NORM, norm), (rates.NONE, none))
+                for rate in rates.RATES
+            )
         )
 
-    assert rates._reach(sweep(3.0, 1.0), sweep(0.3, 0.1)) == pytest.approx([1.0, 1.0])
-    assert rates._reach(sweep(3.0, 1.0), sweep(0.3, 0.001)) == pytest.approx([math.log10(10)])
+    assert reach(3.0, 0.3) == pytest.approx(1)
+    assert reach(1.0, 0.3) == pytest.approx(math.log10(1 / 0.3))
+    with pytest.raises(MissingFigureError):
+        reach(1.0, 0.001)
 
 
 def test_thirty_times_a_rate_that_the_sweep_does_not_hold_decides_nothing() -> None:
