@@ -9,13 +9,13 @@ paper's section 4.3 held two images of each of 16 classes out of 1000.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Findings, Results, Values, above, series
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, series
 from bnprobe.lab.layers import (
     SCHEDULE,
     BatchNorm,
@@ -135,116 +135,116 @@ class Renorm(Experiment):
             "training loss": sum(last) / len(last),
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The claims of the paper, and what is said of fine-tuning."""
 
         def arm(norm: str, size: int, kind: str = MIXED, start: str = SCRATCH) -> Results:
-            of_norm = results.where(norm=norm, start=start)
-            return of_norm if norm in ALONE else of_norm.where(batch=size, batches=kind)
+            return _arm(results, norm, size, kind, start)
 
         def more(text: str, one: Results, other: Results, limit: float = 0.0) -> Claim:
             return above(text, "Difference of accuracy", one.less("accuracy", other), limit)
 
         large, small, smallest = SIZES
-        all_norms = list(NORMS)
-        return Findings(
-            claims=(
-                more(
-                    f"With batches of {large}, Batch Renorm costs less than a point of accuracy against batch norm"
-                    " (Ioffe 2017, section 4.1: it costs nothing).",
-                    arm(RENORM, large),
-                    arm(BATCH_NORM, large),
-                    -POINT,
-                ),
-                more(
-                    f"With batches of {small}, Batch Renorm is more accurate than batch norm (section 4.2).",
-                    arm(RENORM, small),
-                    arm(BATCH_NORM, small),
-                ),
-                more(
-                    f"With batches of {smallest}, Batch Renorm is more accurate than batch norm.",
-                    arm(RENORM, smallest),
-                    arm(BATCH_NORM, smallest),
-                ),
-                more(
-                    f"With batches of {large} sorted by class, Batch Renorm is more accurate than batch norm"
-                    " (section 4.3).",
-                    arm(RENORM, large, SORTED),
-                    arm(BATCH_NORM, large, SORTED),
-                ),
-                more(
-                    f"With batches of {small} sorted by class, Batch Renorm is more accurate than batch norm.",
-                    arm(RENORM, small, SORTED),
-                    arm(BATCH_NORM, small, SORTED),
-                ),
-                more(
-                    f"With batches of {large} sorted by class, Batch Renorm loses less than a point against i.i.d."
-                    " batches (section 4.3: it loses nothing).",
-                    arm(RENORM, large, SORTED),
-                    arm(RENORM, large),
-                    -POINT,
-                ),
-                more(
-                    f"With batches of {large} sorted by class, limits that open over training are better than ones that"
-                    " are open at once (section 3).",
-                    arm(RENORM, large, SORTED),
-                    arm(OPEN, large, SORTED),
-                ),
-                more(
-                    f"With batches of {smallest}, group norm is more accurate than batch norm (Wu & He 2018).",
-                    arm(GROUP_NORM, smallest),
-                    arm(BATCH_NORM, smallest),
-                ),
-                more(
-                    f"In fine-tuning with batches of {small}, Batch Renorm is more accurate than batch norm.",
-                    arm(RENORM, small, MIXED, FINE_TUNED),
-                    arm(BATCH_NORM, small, MIXED, FINE_TUNED),
-                ),
-                more(
-                    f"In fine-tuning with batches of {large} sorted by class, frozen statistics are more accurate than"
-                    " batch norm.",
-                    arm(FROZEN, large, SORTED, FINE_TUNED),
-                    arm(BATCH_NORM, large, SORTED, FINE_TUNED),
-                ),
-            ),
-            charts=tuple(
-                LabChart(
-                    name,
-                    f"Accuracy {start}, batches {kind}",
-                    "images of a batch",
-                    "share of right answers, held out",
-                    tuple(
-                        series(norm, SIZES, [arm(norm, size, kind, start).mean("accuracy") for size in SIZES])
-                        for norm in norms
-                    ),
-                    (legend,),
-                    x_scale="log",
-                )
-                for name, start, kind, norms, legend in (
-                    ("scratch-sorted", SCRATCH, SORTED, all_norms, _NO_STATISTICS),
-                    ("scratch-iid", SCRATCH, MIXED, [norm for norm in all_norms if norm != FROZEN], _LEFT_OUT),
-                    ("fine-tuned-sorted", FINE_TUNED, SORTED, all_norms, _BEFORE),
-                    ("fine-tuned-iid", FINE_TUNED, MIXED, all_norms, _BEFORE),
-                )
-            ),
-            notes=(
-                f"Every arm takes the same steps, each over the same {STEP} images with the same learning rate: a batch"
-                " is what a layer takes its statistics from, and the gradient is the mean over the batches of a step,"
-                " as with the workers of the paper (section 4).",
-                "Group norm and frozen statistics see no batch: they were measured once for each start, and are the"
-                " same in all charts of it.",
-                "The moving averages have momentum 0.1 and move once a step, toward the mean over its batches.",
-                SCHEDULE,
-            ),
+        yield more(
+            f"With batches of {large}, Batch Renorm costs less than a point of accuracy against batch norm (Ioffe 2017,"
+            " section 4.1: it costs nothing).",
+            arm(RENORM, large),
+            arm(BATCH_NORM, large),
+            -POINT,
+        )
+        for size, kind, which, section in (
+            (small, MIXED, "", " (section 4.2)"),
+            (smallest, MIXED, "", ""),
+            (large, SORTED, " sorted by class", " (section 4.3)"),
+            (small, SORTED, " sorted by class", ""),
+        ):
+            yield more(
+                f"With batches of {size}{which}, Batch Renorm is more accurate than batch norm{section}.",
+                arm(RENORM, size, kind),
+                arm(BATCH_NORM, size, kind),
+            )
+        yield more(
+            f"With batches of {large} sorted by class, Batch Renorm loses less than a point against i.i.d. batches"
+            " (section 4.3: it loses nothing).",
+            arm(RENORM, large, SORTED),
+            arm(RENORM, large),
+            -POINT,
+        )
+        yield more(
+            f"With batches of {large} sorted by class, limits that open over training are better than ones that are"
+            " open at once (section 3).",
+            arm(RENORM, large, SORTED),
+            arm(OPEN, large, SORTED),
+        )
+        yield more(
+            f"With batches of {smallest}, group norm is more accurate than batch norm (Wu & He 2018).",
+            arm(GROUP_NORM, smallest),
+            arm(BATCH_NORM, smallest),
+        )
+        yield more(
+            f"In fine-tuning with batches of {small}, Batch Renorm is more accurate than batch norm.",
+            arm(RENORM, small, MIXED, FINE_TUNED),
+            arm(BATCH_NORM, small, MIXED, FINE_TUNED),
+        )
+        yield more(
+            f"In fine-tuning with batches of {large} sorted by class, frozen statistics are more accurate than batch"
+            " norm.",
+            arm(FROZEN, large, SORTED, FINE_TUNED),
+            arm(BATCH_NORM, large, SORTED, FINE_TUNED),
         )
 
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Accuracy against the batch size, for both kinds of batches and both starts."""
+        no_statistics = (
+            "Frozen statistics are 0 and 1 here: nothing is normalized, and each channel is scaled and shifted."
+        )
+        left_out = (
+            "Frozen statistics are those of the chart before; they are left out, so that the others can be told apart."
+        )
+        before = (
+            f"Trained on the images turned by a quarter, by batch norm with batches of {SIZES[0]}, then fine-tuned on"
+            " the images upright with a new last layer. Frozen statistics are those of before."
+        )
+        without_frozen = [norm for norm in NORMS if norm != FROZEN]
+        for name, start, kind, norms, legend in (
+            ("scratch-sorted", SCRATCH, SORTED, NORMS, no_statistics),
+            ("scratch-iid", SCRATCH, MIXED, without_frozen, left_out),
+            ("fine-tuned-sorted", FINE_TUNED, SORTED, NORMS, before),
+            ("fine-tuned-iid", FINE_TUNED, MIXED, NORMS, before),
+        ):
+            accuracies = (
+                series(norm, SIZES, [_arm(results, norm, size, kind, start).mean("accuracy") for size in SIZES])
+                for norm in norms
+            )
+            yield LabChart(
+                name,
+                f"Accuracy {start}, batches {kind}",
+                "images of a batch",
+                "share of right answers, held out",
+                tuple(accuracies),
+                (legend,),
+                x_scale="log",
+            )
 
-_NO_STATISTICS = "Frozen statistics are 0 and 1 here: nothing is normalized, and each channel is scaled and shifted."
-_LEFT_OUT = "Frozen statistics are those of the chart before; they are left out, so that the others can be told apart."
-_BEFORE = (
-    f"Trained on the images turned by a quarter, by batch norm with batches of {SIZES[0]}, then fine-tuned on the"
-    " images upright with a new last layer. Frozen statistics are those of before."
-)
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """What all arms have in common."""
+        yield (
+            f"Every arm takes the same steps, each over the same {STEP} images with the same learning rate: a batch is"
+            " what a layer takes its statistics from, and the gradient is the mean over the batches of a step, as with"
+            " the workers of the paper (section 4)."
+        )
+        yield (
+            "Group norm and frozen statistics see no batch: they were measured once for each start, and are the same in"
+            " all charts of it."
+        )
+        yield "The moving averages have momentum 0.1 and move once a step, toward the mean over its batches."
+        yield SCHEDULE
+
+
+def _arm(results: Results, norm: str, size: int, kind: str, start: str) -> Results:
+    """What sees no batch was trained once for each start."""
+    of_norm = results.where(norm=norm, start=start)
+    return of_norm if norm in ALONE else of_norm.where(batch=size, batches=kind)
 
 
 def _pretrained(images: Images, seed: int, budget: Budget) -> dict[str, Tensor]:
