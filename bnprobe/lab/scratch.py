@@ -19,7 +19,6 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
@@ -73,91 +72,120 @@ class Scratch(Experiment):
             return _same_steps(images, PRECISIONS[str(condition["precision"])], seed, budget)
         return _training(images, {**ARMS, **NORMS}[str(condition["normalization"])], seed, budget)
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Exactness first, then what the layer is good for."""
-        ours, torchs, none = (results.where(part=TRAINING, normalization=name) for name in (OURS, TORCHS, NONE))
-        steps = _steps(budget)
-        epochs = _epochs(load(budget.data), budget)
-        return Findings(
-            claims=(
-                *_exact(results.where(part=LAYER)),
-                *(_agreement(results.where(part=STEPS), precision) for precision in PRECISIONS),
-                near(
-                    "Trained to the end, the network is as good with this layer as with torch's.",
-                    "Held-out accuracy over that with torch's layer",
-                    ours.over("accuracy", torchs),
-                    0.01,
-                ),
-                below(
-                    "At the same learning rate, batch norm needs less than half of the steps that the network without"
-                    " takes to its best accuracy (figure 3 of the paper: 13.3 of 31.0 million).",
-                    "Steps to that accuracy over those without",
-                    mean_of(_shares(ours, none)),
-                    0.5,
-                ),
-                above(
-                    "The network with batch norm ends with a higher held-out accuracy than the one without.",
-                    "Difference",
-                    ours.less("accuracy", none),
-                ),
-                above(
-                    "With batch norm gradients vanish less on their way to the first layer.",
-                    "Gradient of the first convolution over that of the last, in the first epoch, less that without",
-                    ours.less("gradient ratio at the start", none),
-                ),
-            ),
-            charts=(
-                LabChart(
-                    "convergence",
-                    "Loss in training",
-                    "epochs",
-                    "cross entropy, mean over an epoch",
-                    tuple(
-                        arm.along("loss", epochs, name)
-                        for arm, name in ((ours, "batch norm from the equations"), (torchs, "torch's"), (none, NONE))
-                    ),
-                    (f"Learning rate {RATE} with momentum 0.9, batches of {BATCH}, for all.",),
-                    y_scale="log",
-                ),
-                LabChart(
-                    "accuracy",
-                    "Held-out accuracy",
-                    "epochs",
-                    "share of right answers",
-                    (ours.along("accuracies", epochs, "batch norm"), none.along("accuracies", epochs, NONE)),
-                ),
-                LabChart(
-                    "gradients",
-                    "Length of the gradient",
-                    "epochs",
-                    "length, mean over an epoch",
-                    tuple(
-                        arm.along(f"gradient of the {layer} convolution", epochs, f"{layer} convolution, {name}")
-                        for arm, name in ((ours, "batch norm"), (none, NONE))
-                        for layer in ("first", "last")
-                    ),
-                    ("Where the two lines of a network are far apart, the gradient vanishes or explodes on its way.",),
-                    y_scale="log",
-                ),
-                LabChart(
-                    "rounding",
-                    "How far losses with this layer and with torch's are apart",
-                    "steps",
-                    "difference of the losses over the loss",
-                    tuple(
-                        results.where(part=STEPS, precision=precision).along("difference", steps, precision)
-                        for precision in PRECISIONS
-                    ),
-                    (
-                        "Training magnifies rounding: after many steps two runs that differ in a last digit are apart."
-                        " A mean difference of zero is not drawn.",
-                    ),
-                    x_scale="log",
-                    y_scale="log",
-                ),
-            ),
-            tables=(_deviations(results.where(part=LAYER)),),
+        layer, steps = results.where(part=LAYER), results.where(part=STEPS)
+        values = math.prod(SHAPE) // SHAPE[1]
+        for precision, dtype in PRECISIONS.items():
+            for kind, names in CHECKED.items():
+                yield within(
+                    f"{kind} are those of torch's BatchNorm2d to rounding, in {precision}.",
+                    f"Largest relative deviation, of all seeds (rounding of {values:,} values)",
+                    layer.where(precision=precision).largest(*names),
+                    rounding(values, dtype),
+                )
+        for precision, dtype in PRECISIONS.items():
+            yield within(
+                f"From the same seed, training with this layer takes the path of torch's: in the first {FIRST} steps"
+                f" the losses agree in at least half of the digits of {precision}.",
+                "Largest relative difference of losses, of all seeds",
+                steps.where(precision=precision).largest("first steps"),
+                math.sqrt(torch.finfo(dtype).eps),
+            )
+        ours, torchs, none = _trainings(results)
+        yield near(
+            "Trained to the end, the network is as good with this layer as with torch's.",
+            "Held-out accuracy over that with torch's layer",
+            ours.over("accuracy", torchs),
+            0.01,
         )
+        yield below(
+            "At the same learning rate, batch norm needs less than half of the steps that the network without takes to"
+            " its best accuracy (figure 3 of the paper: 13.3 of 31.0 million).",
+            "Steps to that accuracy over those without",
+            mean_of(_shares(ours, none)),
+            0.5,
+        )
+        yield above(
+            "The network with batch norm ends with a higher held-out accuracy than the one without.",
+            "Difference",
+            ours.less("accuracy", none),
+        )
+        yield above(
+            "With batch norm gradients vanish less on their way to the first layer.",
+            "Gradient of the first convolution over that of the last, in the first epoch, less that without",
+            ours.less("gradient ratio at the start", none),
+        )
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Trainings to the end, then how rounding grows."""
+        ours, torchs, none = _trainings(results)
+        epochs = _epochs(load(budget.data), budget)
+        arms = {"batch norm from the equations": ours, "torch's": torchs, NONE: none}
+        yield LabChart(
+            "convergence",
+            "Loss in training",
+            "epochs",
+            "cross entropy, mean over an epoch",
+            tuple(arm.along("loss", epochs, name) for name, arm in arms.items()),
+            (f"Learning rate {RATE} with momentum 0.9, batches of {BATCH}, for all.",),
+            y_scale="log",
+        )
+        pair = {"batch norm": ours, NONE: none}
+        accuracies = tuple(arm.along("accuracies", epochs, name) for name, arm in pair.items())
+        yield LabChart("accuracy", "Held-out accuracy", "epochs", "share of right answers", accuracies)
+        yield LabChart(
+            "gradients",
+            "Length of the gradient",
+            "epochs",
+            "length, mean over an epoch",
+            tuple(
+                arm.along(f"gradient of the {layer} convolution", epochs, f"{layer} convolution, {name}")
+                for name, arm in pair.items()
+                for layer in ("first", "last")
+            ),
+            ("Where the two lines of a network are far apart, the gradient vanishes or explodes on its way.",),
+            y_scale="log",
+        )
+        yield LabChart(
+            "rounding",
+            "How far losses with this layer and with torch's are apart",
+            "steps",
+            "difference of the losses over the loss",
+            tuple(
+                results.where(part=STEPS, precision=precision).along("difference", _steps(budget), precision)
+                for precision in PRECISIONS
+            ),
+            (
+                "Training magnifies rounding: after many steps two runs that differ in a last digit are apart. A mean"
+                " difference of zero is not drawn.",
+            ),
+            x_scale="log",
+            y_scale="log",
+        )
+
+    def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
+        """Every figure of the layer."""
+
+        def worst(name: str, precision: str) -> str:
+            found = results.where(part=LAYER, precision=precision).largest(name)
+            return "" if found is None else score(found)
+
+        yield LabTable(
+            "Largest relative deviation from torch's BatchNorm2d",
+            ("figure", *PRECISIONS),
+            tuple(
+                (name, *(worst(name, precision) for precision in PRECISIONS))
+                for names in CHECKED.values()
+                for name in names
+            ),
+            ("Over the largest magnitude of the figure; of all seeds.",),
+        )
+
+
+def _trainings(results: Results) -> list[Results]:
+    """With this layer, with torch's and with none."""
+    return [results.where(part=TRAINING, normalization=name) for name in (OURS, TORCHS, NONE)]
 
 
 def rounding(values: int, precision: torch.dtype) -> float:
@@ -268,33 +296,6 @@ def _steps(budget: Budget) -> list[int]:
     return [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if step <= most]
 
 
-# --- Claims -----------------------------------------------------------------------------------------------------------
-
-
-def _exact(layer: Results) -> Iterator[Claim]:
-    """A claim for each precision and kind of figure."""
-    values = math.prod(SHAPE) // SHAPE[1]
-    for precision, dtype in PRECISIONS.items():
-        for kind, names in CHECKED.items():
-            worst = [layer.where(precision=precision).largest(name) for name in names]
-            yield within(
-                f"{kind} are those of torch's BatchNorm2d to rounding, in {precision}.",
-                f"Largest relative deviation, of all seeds (rounding of {values:,} values)",
-                max((each for each in worst if each is not None), default=None),
-                rounding(values, dtype),
-            )
-
-
-def _agreement(steps: Results, precision: str) -> Claim:
-    return within(
-        f"From the same seed, training with this layer takes the path of torch's: in the first {FIRST} steps the"
-        f" losses agree in at least half of the digits of {precision}.",
-        "Largest relative difference of losses, of all seeds",
-        steps.where(precision=precision).largest("first steps"),
-        math.sqrt(torch.finfo(PRECISIONS[precision]).eps),
-    )
-
-
 def _shares(ours: Results, none: Results) -> list[float]:
     """The steps to the best accuracy of the other network over those that it took itself, for each seed.
 
@@ -312,19 +313,3 @@ def _shares(ours: Results, none: Results) -> list[float]:
         reached = (epoch for epoch, accuracy in enumerate(here[seed], 1) if accuracy >= best)
         shares.append(next(reached, len(here[seed])) / (there[seed].index(best) + 1))
     return shares
-
-
-def _deviations(layer: Results) -> LabTable:
-    def shown(value: float | None) -> str:
-        return "" if value is None else score(value)
-
-    names = [name for names in CHECKED.values() for name in names]
-    return LabTable(
-        "Largest relative deviation from torch's BatchNorm2d",
-        ("figure", *PRECISIONS),
-        tuple(
-            (name, *(shown(layer.where(precision=precision).largest(name)) for precision in PRECISIONS))
-            for name in names
-        ),
-        ("Over the largest magnitude of the figure; of all seeds.",),
-    )
