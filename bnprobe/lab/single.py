@@ -11,7 +11,7 @@ both reach over as many images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
@@ -32,7 +31,7 @@ from bnprobe.lab.experiment import (
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import accuracy, conv_net, held_out_accuracy, train
 from bnprobe.nn import GatedBatchNorm2d
-from bnprobe.records import LabChart
+from bnprobe.records import Claim, LabChart
 
 IMAGES, BATCH = 4096, 32
 """Images that each network learns from, and those of a batch of the default build."""
@@ -59,6 +58,11 @@ LAYERS: Mapping[str, Callable[[int, float], nn.Module]] = {
     GATED: lambda channels, momentum: GatedBatchNorm2d(channels, momentum=momentum),
 }
 """Make the normalization of so many channels, with such a momentum of the moving averages."""
+
+SINGLE = [name for name in LAYERS if name != DEFAULT]
+"""Those on batches of one image."""
+
+IN_TRAIN_MODE = "accuracy in train mode"
 
 
 class Single(Experiment):
@@ -93,97 +97,89 @@ class Single(Experiment):
         gates = _gates(model)
         return {
             "accuracy": held_out_accuracy(model, images.test, images.test_labels),
-            "accuracy in train mode": accuracy(model.train(), images.test, images.test_labels, batch=size),
+            IN_TRAIN_MODE: accuracy(model.train(), images.test, images.test_labels, batch=size),
             "gate": sum(gates) / len(gates) if gates else None,
             **found,
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Against the criterion, layer by layer."""
+        for name in SINGLE:
+            yield above(
+                f"On single images, {name} keeps at least 85% of the accuracy of the default build.",
+                "Accuracy over that of the default build",
+                results.where(layer=name).over("accuracy", results.where(layer=DEFAULT)),
+                LEAST,
+            )
+        yield near(
+            "On single images, batch norm learns what instance norm does, and is as good as long as it stays in train"
+            " mode.",
+            "Accuracy in train mode over that of instance norm",
+            results.where(layer=BATCH_NORM).over(IN_TRAIN_MODE, results.where(layer=INSTANCE_NORM), "accuracy"),
+            0.02,
+        )
+        yield below(
+            "The gates learn that one image says less than the moving averages.",
+            "Mean gate, the weight of the image's own statistics",
+            results.where(layer=GATED).mean("gate"),
+            0.5,
+        )
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """The criterion, accuracies while learning, and gates."""
         by_layer = {name: results.where(layer=name) for name in LAYERS}
-        single = [name for name in LAYERS if name != DEFAULT]
-        default = by_layer[DEFAULT]
-        seen = [point * _between(budget) for point in range(1, POINTS + 1)]
-        return Findings(
-            claims=(
-                *(
-                    above(
-                        f"On single images, {name} keeps at least 85% of the accuracy of the default build.",
-                        "Accuracy over that of the default build",
-                        by_layer[name].over("accuracy", default),
-                        LEAST,
-                    )
-                    for name in single
-                ),
-                near(
-                    "On single images, batch norm learns what instance norm does, and is as good as long as it stays in"
-                    " train mode.",
-                    "Accuracy in train mode over that of instance norm",
-                    by_layer[BATCH_NORM].over("accuracy in train mode", by_layer[INSTANCE_NORM], "accuracy"),
-                    0.02,
-                ),
-                below(
-                    "The gates learn that one image says less than the moving averages.",
-                    "Mean gate, the weight of the image's own statistics",
-                    by_layer[GATED].mean("gate"),
-                    0.5,
-                ),
+        kept = {"at inference": "accuracy", "in train mode, one image at a time": IN_TRAIN_MODE}
+        yield LabChart(
+            "criterion",
+            "Accuracy on batches of one image",
+            "layer",
+            "share of the default build's",
+            tuple(
+                series(name, SINGLE, [by_layer[each].over(figure, by_layer[DEFAULT], "accuracy") for each in SINGLE])
+                for name, figure in kept.items()
             ),
-            charts=(
-                LabChart(
-                    "criterion",
-                    "Accuracy on batches of one image",
-                    "layer",
-                    "share of the default build's",
-                    (
-                        series(
-                            "at inference",
-                            single,
-                            [by_layer[name].over("accuracy", default) for name in single],
-                        ),
-                        series(
-                            "in train mode, one image at a time",
-                            single,
-                            [by_layer[name].over("accuracy in train mode", default, "accuracy") for name in single],
-                        ),
-                    ),
-                    ("The default build is batch norm with batches of 32 at inference; the criterion is 0.85 of it.",),
-                ),
-                LabChart(
-                    "learning",
-                    "Accuracy while learning",
-                    "images seen",
-                    "share of right answers, held out",
-                    tuple(
-                        series(name, seen, [found.mean(_after("accuracy", each)) for each in seen])
-                        for name, found in by_layer.items()
-                    ),
-                ),
-                LabChart(
-                    "gates",
-                    "What the gates learn",
-                    "images seen",
-                    "mean weight of the image's own statistics",
-                    tuple(
-                        series(
-                            f"layer {number}",
-                            seen,
-                            [by_layer[GATED].mean(_after(f"gate of layer {number}", each)) for each in seen],
-                        )
-                        for number in (1, 2, 3)
-                    ),
-                    ("All gates start at 0.5. The loss that they learn from is that in train mode.",),
-                ),
-            ),
-            notes=(
-                f"All see the same images: {seen[-1]:,}, one at a time with learning rate {RATE}/{BATCH}, or"
-                f" {BATCH} at a time with {RATE}.",
-                f"Moving averages reach over as many images: their momentum of {MOMENTUM} for batches of {BATCH} is"
-                f" {1 - (1 - MOMENTUM) ** (1 / BATCH):.4f} for single images, but for the layer that keeps"
-                f" {MOMENTUM}.",
-                SCHEDULE,
+            ("The default build is batch norm with batches of 32 at inference; the criterion is 0.85 of it.",),
+        )
+        seen = _seen(budget)
+        yield LabChart(
+            "learning",
+            "Accuracy while learning",
+            "images seen",
+            "share of right answers, held out",
+            tuple(
+                series(name, seen, [found.mean(_after("accuracy", each)) for each in seen])
+                for name, found in by_layer.items()
             ),
         )
+        gates = {f"layer {number}": f"gate of layer {number}" for number in (1, 2, 3)}
+        yield LabChart(
+            "gates",
+            "What the gates learn",
+            "images seen",
+            "mean weight of the image's own statistics",
+            tuple(
+                series(name, seen, [by_layer[GATED].mean(_after(gate, each)) for each in seen])
+                for name, gate in gates.items()
+            ),
+            ("All gates start at 0.5. The loss that they learn from is that in train mode.",),
+        )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """What is the same for all."""
+        yield (
+            f"All see the same images: {_seen(budget)[-1]:,}, one at a time with learning rate {RATE}/{BATCH}, or"
+            f" {BATCH} at a time with {RATE}."
+        )
+        yield (
+            f"Moving averages reach over as many images: their momentum of {MOMENTUM} for batches of {BATCH} is"
+            f" {1 - (1 - MOMENTUM) ** (1 / BATCH):.4f} for single images, but for the layer that keeps {MOMENTUM}."
+        )
+        yield SCHEDULE
+
+
+def _seen(budget: Budget) -> list[int]:
+    """The images after which accuracies are taken."""
+    return [point * _between(budget) for point in range(1, POINTS + 1)]
 
 
 def _between(budget: Budget) -> int:
