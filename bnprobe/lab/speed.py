@@ -20,7 +20,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -37,17 +37,15 @@ from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
     below,
-    mean_of,
     within,
 )
 from bnprobe.lab.networks import train
 from bnprobe.numbers import percent
-from bnprobe.records import LabChart
+from bnprobe.records import Claim, LabChart
 
 SIDE, TARGET = 128, 9.0
 """Pixels along a side; milliseconds."""
@@ -103,83 +101,73 @@ class Speed(Experiment):
             "accuracy": (plain.argmax(1) == images.test_labels[: len(test)]).double().mean().item(),
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Whether folding is exact and faster, whether the target is met, and what 8 bits change."""
         by_format = {str(name): results.where(format=name) for name in results.levels("format")}
-        differences = [value for each in by_format.values() for value in each.values("difference of folded")]
-        eight = [name for name, each in by_format.items() if each.values("same class with 8 bits")]
-        return Findings(
-            claims=(
-                within(
-                    "Folded batch norm gives the same outputs, but for rounding.",
-                    "Largest difference over the largest output, in all formats",
-                    max(differences, default=None),
-                    1e-5,
-                ),
-                *(
-                    below(
-                        f"Folding makes {name} faster.",
-                        "Time of an image folded over that as it is, median over images",
-                        each.mean("time of folded over plain"),
-                        1.0,
-                    )
-                    for name, each in by_format.items()
-                ),
-                below(
-                    f"At {SIDE} x {SIDE} the 99th percentile of the folded network is under {TARGET:g} ms in every"
-                    " format.",
-                    f"99th percentile in the slowest format, in ms, on {_machine()}",
-                    mean_of(_slowest(by_format)),
-                    TARGET,
-                ),
-                *(
-                    above(
-                        f"8 bits keep the class of 99% of images in {name}.",
-                        "Share of held-out images with the same class",
-                        by_format[name].mean("same class with 8 bits"),
-                        0.99,
-                    )
-                    for name in eight
-                ),
-                *(
-                    below(
-                        f"8 bits make {name} faster than the folded network.",
-                        "Time of an image with 8 bits over that folded, median over images",
-                        by_format[name].mean("time of 8 bits over folded"),
-                        1.0,
-                    )
-                    for name in eight
-                ),
-            ),
-            charts=(
-                _chart("median", "Median time of an image", "p50", results),
-                _chart("tail", "99th percentile of the time of an image", "p99", results),
-            ),
-            notes=(
-                f"Times are of one image, enlarged to {SIDE} x {SIDE} pixels, in one thread on {_machine()}."
-                f"{_left(results)}",
-                *(f"{name} was not measured: it needs {_missing(name)}." for name in (ONNX,) if _missing(name)),
-                *(
+        yield within(
+            "Folded batch norm gives the same outputs, but for rounding.",
+            "Largest difference over the largest output, in all formats",
+            results.largest("difference of folded"),
+            1e-5,
+        )
+        for name, found in by_format.items():
+            yield below(
+                f"Folding makes {name} faster.",
+                "Time of an image folded over that as it is, median over images",
+                found.mean("time of folded over plain"),
+                1.0,
+            )
+        yield below(
+            f"At {SIDE} x {SIDE} the 99th percentile of the folded network is under {TARGET:g} ms in every format.",
+            f"99th percentile in the slowest format, in ms, on {_machine()}",
+            results.each_seed(lambda one: max(one.value(f"p99, {FOLDED}", format=name) for name in by_format)),
+            TARGET,
+        )
+        for name in _with_8_bits(results):
+            yield above(
+                f"8 bits keep the class of 99% of images in {name}.",
+                "Share of held-out images with the same class",
+                by_format[name].mean("same class with 8 bits"),
+                0.99,
+            )
+        for name in _with_8_bits(results):
+            yield below(
+                f"8 bits make {name} faster than the folded network.",
+                "Time of an image with 8 bits over that folded, median over images",
+                by_format[name].mean("time of 8 bits over folded"),
+                1.0,
+            )
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Both percentiles."""
+        for name, title, figure in (
+            ("median", "Median time of an image", "p50"),
+            ("tail", "99th percentile of the time of an image", "p99"),
+        ):
+            variants = {f"{figure}, {variant}": variant for variant in (PLAIN, FOLDED, INT8)}
+            times = results.several_series("format", variants)
+            yield LabChart(name, title, "format", "milliseconds", times, (f"The target is {TARGET:g} ms.",))
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """Where times were taken, and what was not measured."""
+        yield (
+            f"Times are of one image, enlarged to {SIDE} x {SIDE} pixels, in one thread on {_machine()}."
+            f"{_left(results)}"
+        )
+        if _missing(ONNX):
+            yield f"{ONNX} was not measured: it needs {_missing(ONNX)}."
+        for name in (SCRIPT, ONNX):
+            if name in results.levels("format") and name not in _with_8_bits(results):
+                yield (
                     f"8 bits were not measured in {name}: this torch or machine, or a package that is missing, does not"
                     " allow it."
-                    for name in (SCRIPT, ONNX)
-                    if name in by_format and name not in eight
-                ),
-            ),
-        )
+                )
 
 
-def _slowest(by_format: Mapping[str, Results]) -> list[float]:
-    """The largest 99th percentile of the folded network over formats, for each seed."""
-    found = [each.by_seed(f"p99, {FOLDED}") for each in by_format.values()]
-    seeds = [seed for seed in found[0] if all(seed in each for each in found)] if found else []
-    return [max(each[seed] for each in found) for seed in seeds]
-
-
-def _chart(name: str, title: str, figure: str, results: Results) -> LabChart:
-    variants = tuple(results.series(f"{figure}, {variant}", "format", variant) for variant in (PLAIN, FOLDED, INT8))
-    legend = f"The target is {TARGET:g} ms."
-    return LabChart(name, title, "format", "milliseconds", variants, (legend,))
+def _with_8_bits(results: Results) -> list[str]:
+    """The formats in which the network of 8 bits was measured."""
+    formats = results.levels("format")
+    return [str(name) for name in formats if results.where(format=name).values("same class with 8 bits")]
 
 
 def _left(results: Results) -> str:
