@@ -16,17 +16,17 @@ A second arm trains on images of random style, too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Findings, Results, Values, above
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above
 from bnprobe.lab.layers import BatchNorm
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
 from bnprobe.nn import InstanceRenorm2d
-from bnprobe.records import LabChart
+from bnprobe.records import Claim, LabChart
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WIDTHS = (0.0, 0.3, 0.6)
@@ -66,60 +66,50 @@ class Style(Experiment):
             for width in WIDTHS
         }
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What the blend is worth, where style is a disturbance and where there is none."""
-        plain, styled = results.where(**{"trained on": PLAIN}), results.where(**{"trained on": STYLED})
-        none, most = (f"accuracy at width {width}" for width in (WIDTHS[0], WIDTHS[-1]))
+        plain, styled = (results.where(**{"trained on": each}) for each in (PLAIN, STYLED))
         batch_norm, instance_norm, half = (plain.where(norm=norm) for norm in (BATCH_NORM, INSTANCE, HALF))
-        return Findings(
-            claims=(
-                above(
-                    "On styles that training did not show, instance norm is better than batch norm.",
-                    f"Held-out accuracy at width {WIDTHS[-1]}, instance norm less batch norm",
-                    instance_norm.less(most, batch_norm),
-                ),
-                above(
-                    "Where styles do not differ, instance norm costs accuracy.",
-                    "Held-out accuracy without style, batch norm less instance norm",
-                    batch_norm.less(none, instance_norm),
-                ),
-                above(
-                    "Half of each is better than batch norm on new styles.",
-                    f"Held-out accuracy at width {WIDTHS[-1]}, blend 0.5 less batch norm",
-                    half.less(most, batch_norm),
-                ),
-                above(
-                    "Half of each is better than instance norm where styles do not differ.",
-                    "Held-out accuracy without style, blend 0.5 less blend 1",
-                    half.less(none, instance_norm),
-                ),
-                above(
-                    "Batch norm trained on random styles is better on them than instance norm trained without.",
-                    f"Held-out accuracy at width {WIDTHS[-1]}, batch norm trained on styles less instance norm"
-                    " trained without",
-                    styled.where(norm=BATCH_NORM).less(most, instance_norm),
-                ),
-            ),
-            charts=(
-                _chart("plain", "Trained on images as they are", plain),
-                _chart("styled", "Trained on images of random style", styled),
-            ),
+        none, most = (f"accuracy at width {width}" for width in (WIDTHS[0], WIDTHS[-1]))
+        without, widest = "Held-out accuracy without style", f"Held-out accuracy at width {WIDTHS[-1]}"
+        yield above(
+            "On styles that training did not show, instance norm is better than batch norm.",
+            f"{widest}, instance norm less batch norm",
+            instance_norm.less(most, batch_norm),
+        )
+        yield above(
+            "Where styles do not differ, instance norm costs accuracy.",
+            f"{without}, batch norm less instance norm",
+            batch_norm.less(none, instance_norm),
+        )
+        yield above(
+            "Half of each is better than batch norm on new styles.",
+            f"{widest}, blend 0.5 less batch norm",
+            half.less(most, batch_norm),
+        )
+        yield above(
+            "Half of each is better than instance norm where styles do not differ.",
+            f"{without}, blend 0.5 less blend 1",
+            half.less(none, instance_norm),
+        )
+        yield above(
+            "Batch norm trained on random styles is better on them than instance norm trained without.",
+            f"{widest}, batch norm trained on styles less instance norm trained without",
+            styled.where(norm=BATCH_NORM).less(most, instance_norm),
         )
 
-
-def _chart(name: str, title: str, results: Results) -> LabChart:
-    series = (
-        results.series(f"accuracy at width {width}", "norm", f"style of width {width}" if width else "no style")
-        for width in WIDTHS
-    )
-    return LabChart(
-        name,
-        title,
-        "weight of the image's own statistics",
-        "held-out accuracy",
-        tuple(series),
-        ("Width: standard deviation of log gain and of the offset, and twice that of log contrast.",),
-    )
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Accuracy on each width of style, for both kinds of training."""
+        widths = {f"accuracy at width {width}": f"style of width {width}" if width else "no style" for width in WIDTHS}
+        for name, trained in (("plain", PLAIN), ("styled", STYLED)):
+            yield LabChart(
+                name,
+                f"Trained on {trained}",
+                "weight of the image's own statistics",
+                "held-out accuracy",
+                results.where(**{"trained on": trained}).several_series("norm", widths),
+                ("Width: standard deviation of log gain and of the offset, and twice that of log contrast.",),
+            )
 
 
 def restyled(images: Tensor, width: float, draws: torch.Generator) -> Tensor:
