@@ -1,79 +1,54 @@
 """``stream``: running statistics of data that drifts, as the batches of a video do: how far off, and which momentum.
 
-Batch t has the mean x_t = mu_t + e_t, whose noise e_t has the variance n = sigma^2 / B with B independent values. With
-momentum m (the weight a in ``bnprobe.stats.ema``) the error of the running mean, y_t - mu_t, obeys
-
-    y_t - mu_t = (1 - m) (y_{t-1} - mu_{t-1} - delta_t) + m e_t    with the drift delta_t = mu_t - mu_{t-1}.       (1)
-
-All else follows from (1). The running variance obeys it too, with the noise n = 2 sigma^4 / (B - 1) of the unbiased
-variance of normal values, and with the drift of sigma^2.
-
-- A step: nothing drifts after it, so the mean error decays as (1 - m)^t, with the time constant -1 / ln(1 - m).
-- A steady drift v: (1) has the fixed point error = -v (1 - m) / m, the lag.
-- A random walk with steps of variance s^2: the terms of (1) are independent, so the variance of the error obeys
-  V = (1 - m)^2 (V + s^2) + m^2 n. With the speed q = s^2 / n, in units of the noise,
-
-    V / n = f(m) = (m^2 + (1 - m)^2 q) / (m (2 - m)) = m / (2 - m) + (1 - m)^2 q / (m (2 - m)).                   (2)
-
-  The derivative of f is 0 where m^2 / (1 - m) = q: the gain of the Kalman filter in its steady state, as it must be,
-  since no linear estimate has a smaller error. There f(m) = m.
-- The mismatch D of a batch against the running statistics before it is E[d^2 + (1 - r)^2]. To first order this is the
-  variance of x_t - y_{t-1} in units of sigma^2, and the same of the logarithm of the standard deviation, with the
-  noises 1 / B and 1 / (2 (B - 1)), whose sum is N. Where both walk with speed q,
-
-    D = N (f(m) + q + 1), least at the same m, where D = N / (1 - m).                                             (3)
-
-- Any drift of at most v a batch: by (1) and the triangle inequality the error is at most v (1 - m) / m, and a noise.
-  Of normal values the noise of the mean is normal with variance n m / (2 - m), and that of the variance a weighted sum
-  of chi-squares, so that with x = ln(2 / p) the probability is at most p (Laurent & Massart 2000, lemma 1) that it
-  exceeds
-
-    sigma sqrt(2 x m / ((2 - m) B)) for the mean,
-    sigma^2 (2 sqrt(x m / ((2 - m) (B - 1))) + 2 x m / (B - 1)) for the variance, with the largest sigma.         (4)
-
-- Values of a batch that are correlated, AR(1) with rho, are worth fewer: the variance of their mean is
-  sigma^2 / B_eff with B_eff = B / (1 + 2 sum_{k<B} (1 - k / B) rho^k), and their variance is, on average,
-  sigma^2 (1 - 1 / B_eff) B / (B - 1). Where a batch goes on where the last one ended, means of batches k apart have the
-  covariance c rho^((k-1) B) with c = rho (sigma (1 - rho^B) / (B (1 - rho)))^2, and the running mean the variance
-
-    m / (2 - m) (sigma^2 / B_eff + 2 c (1 - m) / (1 - (1 - m) rho^B)).                                            (5)
-
-Last, three rules choose the momentum of each batch from the batches before it, with nothing to tune. Two of them
-measure how far batches L apart differ, in units of D: E_L = L S + 2 N on a random walk, where S is the drift of a batch
-and q = S / N. The first takes N from the variance within batches, N = 1 / B + 1 / (2 (B - 1)), and S from neighbours.
-The second takes both from neighbours and from batches 16 apart, and so needs to know nothing of values within a batch.
-Neither goes below 1 / t, the weight of the cumulative average, at batch t. The third assumes nothing of the drift: it
-keeps running statistics with each momentum of a grid, and uses those whose D was least, on average, so far. They are
-compared with the momentum of that grid that has the least D in hindsight.
+The formulas, their numbers and the rules are those of ``bnprobe.lab.drift``. Each formula is held against what running
+statistics do on many streams side by side: after a step, behind a steady drift, on random walks, and where the values
+of a batch are correlated. Drifts of many kinds are made to break the bound, and so are drifts that a search finds.
+Last, three rules choose the momentum; they are compared with the momentum of a grid that has the least D in hindsight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from bnprobe.lab.drift import (
+    averaged,
+    best_momentum,
+    chosen_momenta,
+    correlated_values,
+    drawn,
+    effective_batch,
+    error_of_correlated,
+    error_of_walk,
+    lag,
+    least_so_far,
+    noise_bounds,
+    noise_of_batch,
+    random_walk,
+    unbiased,
+    worst_drift,
+)
 from bnprobe.lab.experiment import (
     Budget,
     Condition,
     Experiment,
-    Findings,
     Results,
     Values,
     above,
+    average,
     below_everywhere,
+    cell,
     formula,
-    mean_of,
     near,
     within,
 )
 from bnprobe.lab.layers import EPS
 from bnprobe.numbers import score
 from bnprobe.records import Claim, LabChart, LabTable
-from bnprobe.report.figures import estimate
 from bnprobe.stats.ema import Statistics, Stream, replay, weights
 
 STEP, WALK, LINEAR, BOUND, CORRELATED, CHOICE = "step", "random walk", "linear", "bounded", "correlated", "choice"
@@ -145,115 +120,221 @@ class DriftingStreams(Experiment):
             return _correlated(condition["batches"] == VIDEO, float(condition["correlation"]), momentum, streams)
         return _choice(KINDS[str(condition["drift"])], budget.of(8))
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
-        """Each formula beside what was measured; the bound; the rules."""
-        step, walk, linear, bounded, correlated, choice = (
-            results.where(part=part) for part in (STEP, WALK, LINEAR, BOUND, CORRELATED, CHOICE)
-        )
-        return Findings(
-            claims=(
-                *_claims_of_best(walk),
-                *_claims_of_rules(choice),
-                *_claims_of_bound(bounded),
-                *_claims_of_formulas(step, walk, linear),
-                *_claims_of_correlation(correlated),
+    def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
+        """The best momentum, the rules, the bound, and each formula beside what was measured."""
+        yield from _claims_of_best(results)
+        yield from _claims_of_rules(results)
+        yield from _claims_of_bound(results)
+        yield from _claims_of_formulas(results)
+
+    def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
+        """Random walks, the step, the bound, and the rules."""
+        yield _chart_of_walks(results.where(part=WALK))
+        chosen = {f"momentum {momentum:g}": momentum for momentum in MOMENTA[:3]}
+        step = results.where(part=STEP)
+        yield LabChart(
+            "step",
+            "What is left of a step in the running mean",
+            "batches after the step",
+            "error over the step",
+            (
+                *(
+                    step.where(momentum=m).along("left of the step of the mean", AFTER, name)
+                    for name, m in chosen.items()
+                ),
+                *(formula(f"formula for {name}", AFTER, partial(math.pow, 1 - m)) for name, m in chosen.items()),
             ),
-            charts=(_chart_of_walks(walk), _chart_of_steps(step), _chart_of_bound(bounded), _chart_of_rules(choice)),
-            tables=(_table_of_correlation(correlated),),
-            notes=(
-                "Means and variances of batches are drawn from their own distributions (normal, chi-squared), but for"
-                " correlated values, which are drawn one by one.",
-                "D of random walks and of the rules is computed by the code of bnprobe's momentum sweep.",
+        )
+        bounded, figure = results.where(part=BOUND), "largest error of the mean over the bound"
+        yield LabChart(
+            "bound",
+            f"The largest error under drifts of at most {DRIFT:g} standard deviations a batch",
+            "drift",
+            "largest error of the running mean over its bound",
+            tuple(bounded.series(figure, "drift", f"momentum {each:g}", momentum=each) for each in FAST),
+            (f"The bound is v (1 - m) / m and the noise that is exceeded with a probability of {CHANCE:g}.",),
+        )
+        names = {f"D over the least, {rule}": f"rule: {rule}" for rule in RULES}
+        names[f"D over the least, momentum {USUAL:g}"] = f"momentum {USUAL:g}"
+        yield LabChart(
+            "rules",
+            "Momenta chosen without tuning",
+            "stream",
+            "D over that of the best fixed momentum",
+            results.where(part=CHOICE).several_series("drift", names),
+            (
+                f"The best fixed momentum is that of least D in hindsight, of {len(GRID)} from {GRID[0]:g} to"
+                f" {GRID[-1]:g}, for each layer by itself.",
             ),
+            y_scale="log",
+        )
+
+    def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
+        """What correlated values are worth."""
+        arms = {
+            (batches, rho): results.where(part=CORRELATED, batches=batches, correlation=rho)
+            for batches in (CLIPS, VIDEO)
+            for rho in RHOS
+        }
+        yield LabTable(
+            f"Batches of {BATCH} correlated values",
+            ("values", "effective batch size", "by the formula", "running variance", "squared error over independent"),
+            tuple(
+                (
+                    f"{batches}, rho = {rho:g}",
+                    cell(arm.mean("effective batch size")),
+                    score(effective_batch(BATCH, rho)),
+                    cell(arm.mean("running variance")),
+                    cell(arm.mean("error of the running mean over that of independent values")),
+                )
+                for (batches, rho), arm in arms.items()
+            ),
+            (f"Correlated as rho^k at a distance of k values, of variance 1; momentum {USUAL:g}.",),
+        )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """How streams are drawn, and D computed."""
+        yield (
+            "Means and variances of batches are drawn from their own distributions (normal, chi-squared), but for"
+            " correlated values, which are drawn one by one."
+        )
+        yield "D of random walks and of the rules is computed by the code of bnprobe's momentum sweep."
+
+
+def _claims_of_best(results: Results) -> Iterator[Claim]:
+    for multiple in (0.5, 1.5):
+        yield above(
+            f"The momentum with m^2 / (1 - m) = q has a smaller D than {multiple:g} times it.",
+            "D over that at this momentum, mean over speeds",
+            results.where(part=WALK).each_seed(partial(_over_best, multiple)),
+            1.0,
+        )
+    yield near(
+        "At this momentum D is that against exact statistics over 1 - m.",
+        "D over the formula's, mean over speeds",
+        results.where(**{"over best": 1.0}).averaged("D over the formula"),
+        0.05,
+    )
+
+
+def _over_best(multiple: float, of_seed: Results) -> float:
+    """D at a multiple of the best momentum over that at the best one, mean over speeds."""
+    here, best = (of_seed.where(**{"over best": each}) for each in (multiple, 1.0))
+    return average([here.value("D over N", speed=speed) / best.value("D over N", speed=speed) for speed in SPEEDS])
+
+
+def _claims_of_rules(results: Results) -> Iterator[Claim]:
+    walks = "on the random walks that it is made for", [kind for kind in KINDS if "random walk" in kind]
+    every = "on any of the streams", list(KINDS)
+    for rule, (where, kinds) in ((NEIGHBOURS, walks), (TWO_LENGTHS, walks), *((rule, every) for rule in RULES)):
+        yield below_everywhere(
+            f"A momentum chosen without tuning, by {rule}, costs at most 5% of D {where}.",
+            "D over that of the best fixed momentum in hindsight",
+            {f'on "{kind}"': results.where(drift=kind).mean(f"D over the least, {rule}") for kind in kinds},
+            1.05,
+        )
+    yield above(
+        f"The rule by {TWO_LENGTHS} is nearer to the best than the usual momentum of {USUAL:g}.",
+        f"D over the least, with {USUAL:g} less with the rule, mean over streams",
+        results.averaged(GAIN),
+    )
+
+
+def _claims_of_bound(results: Results) -> Iterator[Claim]:
+    without = "largest error without noise over the lag"
+    yield within(
+        "No drift of at most v a batch takes a running statistic further off than v (1 - m) / m without noise.",
+        "Largest error over the bound",
+        results.largest(without),
+        1 + 1e-9,
+    )
+    for name in ("mean", "variance"):
+        yield within(
+            f"With noise, no error of the running {name} is above the bound that each keeps with a probability of"
+            f" 1 - {CHANCE:g}.",
+            "Largest error over the bound, of all drifts, momenta, batches and seeds",
+            results.largest(f"largest error of the {name} over the bound"),
+            1.0,
+        )
+    for kind, reached in (("steady", "a steady drift"), (SEARCHED, "the worst drift that a search finds")):
+        yield above(
+            f"The bound without noise is reached to within 1% by {reached}.",
+            "Largest error over the bound, mean over momenta",
+            results.where(drift=kind).averaged(without),
+            0.99,
         )
 
 
-# --- Theory -----------------------------------------------------------------------------------------------------------
+def _claims_of_formulas(results: Results) -> Iterator[Claim]:
+    for name in ("mean", "variance"):
+        yield near(
+            f"A step is forgotten by the running {name} with the time constant -1 / ln(1 - m).",
+            "Measured over the formula's, mean over momenta",
+            results.averaged(f"time constant of the {name} over the formula"),
+            0.02,
+        )
+    yield near(
+        "Behind a steady drift v the running mean lags by v (1 - m) / m.",
+        "Lag over the formula's, mean over momenta",
+        results.averaged("lag over the formula"),
+        0.02,
+    )
+    for name in ("mean", "variance"):
+        yield near(
+            f"On a random walk the squared error of the running {name} is, in units of the noise of a batch,"
+            " m / (2 - m) + q (1 - m)^2 / (m (2 - m)).",
+            "Error over the formula's, mean over speeds and momenta",
+            results.averaged(f"error of the {name} over the formula"),
+            0.05,
+        )
+    for claim, what, figure in (
+        (
+            "The mean of a batch of correlated values is worth that of B_eff independent ones.",
+            "Effective batch size",
+            "effective batch size",
+        ),
+        (
+            "The running variance of correlated values is too small by the factor (1 - 1 / B_eff) B / (B - 1).",
+            "Running variance",
+            "running variance",
+        ),
+        (
+            "The squared error of the running mean of correlated values is that of B_eff independent ones, and more by"
+            " the covariance of batches where one goes on where the last one ended.",
+            "Error",
+            "error of the running mean",
+        ),
+    ):
+        found = results.averaged(f"{figure} over the formula")
+        yield near(claim, f"{what} over the formula's, mean over correlations", found, 0.05)
 
 
-def error_of_walk(momentum: float, speed: float) -> float:
-    """Variance of the error in units of the noise of a batch, (2)."""
-    return (momentum**2 + (1 - momentum) ** 2 * speed) / (momentum * (2 - momentum))
+def _chart_of_walks(walk: Results) -> LabChart:
+    best = ", ".join(f"{best_momentum(speed):.2g}" for speed in SPEEDS)
+    return LabChart(
+        "momentum",
+        "D on a random walk",
+        "momentum over the best",
+        "D over that against exact statistics",
+        (
+            *(walk.series("D over N", "over best", f"q = {speed:g}", speed=speed) for speed in SPEEDS),
+            *(formula(f"formula for q = {speed:g}", MULTIPLES, partial(_mismatch_of_walk, speed)) for speed in SPEEDS),
+        ),
+        (
+            "q is the variance of a step over that of the noise of a batch, for the mean and for the variance.",
+            f"The best momentum by the formula, where m^2 / (1 - m) = q, is {best}.",
+        ),
+        x_scale="log",
+        y_scale="log",
+    )
 
 
-def best_momentum(speed: float) -> float:
-    """The root of m^2 / (1 - m) = q in [0, 1]."""
-    return 2 * speed / (speed + math.sqrt(speed * speed + 4 * speed)) if speed > 0 else 0.0
+def _mismatch_of_walk(speed: float, over_best: float) -> float:
+    """D over N, (3)."""
+    return error_of_walk(over_best * best_momentum(speed), speed) + speed + 1
 
 
-def noise_of_batch(batch: int) -> float:
-    """N: D of independent values against exact statistics, to first order."""
-    return 1 / batch + 0.5 / (batch - 1)
-
-
-def lag(drift: float, momentum: float) -> float:
-    """Of the running mean behind a steady drift."""
-    return drift * (1 - momentum) / momentum
-
-
-def noise_bounds(momentum: float, batch: int, chance: float = CHANCE) -> tuple[float, float]:
-    """(4) with sigma = 1: of the running mean, and of the running variance."""
-    x = math.log(2 / chance)
-    square = momentum / (2 - momentum)
-    of_variance = 2 * math.sqrt(x * square / (batch - 1)) + 2 * x * momentum / (batch - 1)
-    return math.sqrt(2 * x * square / batch), of_variance
-
-
-def effective_batch(batch: int, rho: float) -> float:
-    """B_eff: independent values whose mean has the same variance as that of AR(1) values."""
-    return batch / (1 + 2 * math.fsum((1 - k / batch) * rho**k for k in range(1, batch)))
-
-
-def error_of_correlated(momentum: float, batch: int, rho: float, goes_on: bool) -> float:
-    """Variance of the running mean, (5); its last term only where a batch goes on where the last one ended."""
-    covariance = rho * ((1 - rho**batch) / (batch * (1 - rho))) ** 2
-    between = 2 * covariance * (1 - momentum) / (1 - (1 - momentum) * rho**batch) if goes_on else 0.0
-    return momentum / (2 - momentum) * (1 / effective_batch(batch, rho) + between)
-
-
-# --- Simulation -------------------------------------------------------------------------------------------------------
-
-
-def averaged(values: Tensor, start: Tensor, momentum: float) -> Tensor:
-    """The running average after each batch.
-
-    Args:
-        values: Of batches, shape (batches, streams).
-        start: Before the first one, shape (streams,).
-        momentum: Weight of the newest.
-    """
-    found = torch.empty_like(values)
-    for place, value in enumerate(values):
-        start = start + momentum * (value - start)
-        found[place] = start
-    return found
-
-
-def drawn(mean: Tensor, variance: Tensor, batch: int) -> Stream:
-    """Batches of normal values with these means and variances, each of shape (batches, streams), as bnprobe has them.
-
-    Of normal values the mean of a batch is normal and (B - 1) / sigma^2 times its unbiased variance is chi-squared,
-    and the two are independent.
-    """
-    means = mean + (variance / batch).sqrt() * torch.randn_like(mean)
-    chi_squared = 2 * torch._standard_gamma(torch.full_like(variance, (batch - 1) / 2))
-    return Stream(means, variance * chi_squared / batch, torch.full((len(mean),), float(batch)))
-
-
-def unbiased(stream: Stream) -> Tensor:
-    """The unbiased variance of each batch, shape (batches, channels)."""
-    values = stream.values.double()
-    return stream.variance * (values / (values - 1))[:, None]
-
-
-def random_walk(speed: float, batches: int, streams: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each batch, shape (batches, streams), where both drift with this speed.
-
-    The steps of the mean are in units of the standard deviation, whose logarithm walks.
-    """
-    steps = torch.randn(2, batches, streams, dtype=torch.float64)
-    deviation = (math.sqrt(speed / (2 * (batch - 1))) * steps[1]).cumsum(0).exp()
-    return (math.sqrt(speed / batch) * deviation * steps[0]).cumsum(0), deviation
+# --- Trials -----------------------------------------------------------------------------------------------------------
 
 
 def _step(momentum: float, streams: int) -> Values:
@@ -307,7 +388,7 @@ def _walk(speed: float, over_best: float, streams: int) -> Values:
         "D over N": in_noise,
         "error of the mean over the formula": of_mean / expected,
         "error of the variance over the formula": of_variance / expected,
-        "D over the formula": in_noise / (expected + speed + 1),
+        "D over the formula": in_noise / _mismatch_of_walk(speed, over_best),
     }
 
 
@@ -333,12 +414,12 @@ BOUNDED: Mapping[str, Callable[[int], Tensor]] = {
 def _bounded(kind: str, momentum: float, streams: int) -> Values:
     """The largest error over its bound, of every batch and stream; without noise too, where the bound is the lag."""
     batches = round(10 / momentum)
-    drift = worst_drift(momentum, round(5 / momentum)) if kind == SEARCHED else BOUNDED[kind](batches)
+    drift = worst_drift(momentum, round(5 / momentum), DRIFT) if kind == SEARCHED else BOUNDED[kind](batches)
     path = drift.cumsum(0)
     mean = path[:, None].expand(len(path), streams).contiguous()
     variance = 1 + mean - path.min().clamp(max=0)
     stream = drawn(mean, variance, BATCH)
-    of_mean, of_variance = noise_bounds(momentum, BATCH)
+    of_mean, of_variance = noise_bounds(momentum, BATCH, CHANCE)
     largest = float(variance.max())
     behind = lag(DRIFT, momentum)
     start = (mean[0] - drift[0], variance[0] - drift[0])
@@ -353,45 +434,11 @@ def _bounded(kind: str, momentum: float, streams: int) -> Values:
     }
 
 
-def worst_drift(momentum: float, batches: int) -> Tensor:
-    """The drift of each batch with the largest error at the end, as a search finds it that does not know (1).
-
-    From a random one, the best change of a single batch is made until none makes the error larger.
-    """
-    drift = DRIFT * (2 * torch.rand(batches, dtype=torch.float64) - 1)
-    found = -math.inf
-    while True:
-        tried = drift[:, None].repeat(1, 2 * batches)
-        places = torch.arange(batches)
-        tried[places, places], tried[places, places + batches] = DRIFT, -DRIFT
-        mean = tried.cumsum(0)
-        errors = (averaged(mean, mean.new_zeros(2 * batches), momentum)[-1] - mean[-1]).abs()
-        if float(errors.max()) <= found * (1 + 1e-12):
-            return drift
-        found, drift = float(errors.max()), tried[:, int(errors.argmax())]
-
-
 # --- Correlated values ------------------------------------------------------------------------------------------------
 
 
-def correlated_values(batches: int, channels: int, rho: float, goes_on: bool) -> Tensor:
-    """AR(1) values of variance 1, shape (batches, BATCH, channels).
-
-    Args:
-        batches, channels: Their numbers.
-        rho: Correlation of neighbours.
-        goes_on: Whether a batch goes on where the last one ended.
-    """
-    noise = torch.randn(batches, BATCH, channels, dtype=torch.float64)
-    rows = noise.reshape(1, -1, channels) if goes_on else noise
-    rows[:, 1:] *= math.sqrt(1 - rho * rho)
-    for place in range(1, rows.shape[1]):
-        rows[:, place] += rho * rows[:, place - 1]
-    return rows.reshape(noise.shape)
-
-
 def _correlated(goes_on: bool, rho: float, momentum: float, streams: int) -> Values:
-    values = correlated_values(150, streams // 2, rho, goes_on)
+    values = correlated_values(150, BATCH, streams // 2, rho, goes_on)
     means = values.mean(1)
     running = averaged(means, torch.zeros(means.shape[1], dtype=torch.float64), momentum)[-75:]
     worth = 1 / float(means.square().mean())
@@ -410,53 +457,6 @@ def _correlated(goes_on: bool, rho: float, momentum: float, streams: int) -> Val
 
 
 # --- Rules that choose ------------------------------------------------------------------------------------------------
-
-
-def chosen_momenta(stream: Stream, lengths: Sequence[int]) -> Tensor:
-    """The momentum of each batch by the batches before it, shape (batches,).
-
-    Args:
-        stream: One layer's.
-        lengths: (1,): N is that of independent values, S from neighbours. (1, L): both from increments of two lengths.
-    """
-    batches, batch = len(stream.values), int(stream.values[0])
-    so_far = [_distance_so_far(stream, length) for length in lengths]
-    if len(so_far) == 1:
-        noise = torch.full((batches,), noise_of_batch(batch), dtype=torch.float64)
-        drift = (so_far[0] - 2 * noise) / lengths[0]
-    else:
-        (short, long), (near_by, apart) = lengths, so_far
-        drift = (apart - near_by) / (long - short)
-        noise = (near_by - short * drift).clamp_min(1e-12) / 2
-    speeds = (drift / noise).nan_to_num(0.0).clamp_min(0.0)
-    chosen = torch.tensor([best_momentum(speed) for speed in speeds.tolist()], dtype=torch.float64)
-    return torch.maximum(chosen, 1 / torch.arange(1, batches + 1, dtype=torch.float64))
-
-
-def _distance_so_far(stream: Stream, length: int) -> Tensor:
-    """E_L before each batch: the mean of d^2 + (log r)^2 over channels and pairs L apart; NaN: there are none.
-
-    The deviation in d is that of both batches.
-    """
-    variance = unbiased(stream)
-    later, earlier = variance[length:], variance[:-length]
-    d = (stream.mean[length:] - stream.mean[:-length]).square() / ((later + earlier) / 2)
-    log_r = (later / earlier).log() / 2
-    distance = (d + log_r.square()).mean(1)
-    counts = torch.arange(1, len(distance) + 1)
-    ended = distance.cumsum(0) / counts
-    return torch.cat([torch.full((length + 1,), math.nan, dtype=torch.float64), ended[:-1]])
-
-
-def least_so_far(mismatch: Tensor) -> Tensor:
-    """D of each batch with the rate whose D was least before it.
-
-    Args:
-        mismatch: Of each batch and rate, shape (batches, rates).
-    """
-    before = mismatch.cumsum(0).roll(1, 0)
-    before[0] = 0.0
-    return mismatch.gather(1, before.argmin(1, keepdim=True))[:, 0]
 
 
 def _walking(speed: float) -> Callable[[], Stream]:
@@ -482,7 +482,7 @@ def _of_steady_drift() -> Stream:
 
 
 def _of_video() -> Stream:
-    values = correlated_values(BATCHES, CHANNELS, 0.9, goes_on=True)
+    values = correlated_values(BATCHES, BATCH, CHANNELS, 0.9, goes_on=True)
     return Stream(values.mean(1), values.var(1, unbiased=False), torch.full((BATCHES,), float(BATCH)))
 
 
@@ -514,235 +514,10 @@ def _choice(make: Callable[[], Stream], layers: int) -> Values:
             ratios[name].append(value / min(fixed))
         best.append(GRID[fixed.index(min(fixed))])
         last.append(float(rules[1][-1]))
-    means = {f"D over the least, {name}": math.fsum(values) / layers for name, values in ratios.items()}
+    means = {f"D over the least, {name}": average(values) for name, values in ratios.items()}
     return {
         **means,
         GAIN: means[f"D over the least, momentum {USUAL:g}"] - means[f"D over the least, {TWO_LENGTHS}"],
-        "best fixed momentum": math.fsum(best) / layers,
-        f"last momentum, {TWO_LENGTHS}": math.fsum(last) / layers,
+        "best fixed momentum": average(best),
+        f"last momentum, {TWO_LENGTHS}": average(last),
     }
-
-
-# --- What is concluded ------------------------------------------------------------------------------------------------
-
-
-def _claims_of_formulas(step: Results, walk: Results, linear: Results) -> Iterable[Claim]:
-    for name in ("mean", "variance"):
-        yield near(
-            f"A step is forgotten by the running {name} with the time constant -1 / ln(1 - m).",
-            "Measured over the formula's, mean over momenta",
-            step.averaged(f"time constant of the {name} over the formula"),
-            0.02,
-        )
-    yield near(
-        "Behind a steady drift v the running mean lags by v (1 - m) / m.",
-        "Lag over the formula's, mean over momenta",
-        linear.averaged("lag over the formula"),
-        0.02,
-    )
-    for name in ("mean", "variance"):
-        yield near(
-            f"On a random walk the squared error of the running {name} is, in units of the noise of a batch,"
-            " m / (2 - m) + q (1 - m)^2 / (m (2 - m)).",
-            "Error over the formula's, mean over speeds and momenta",
-            walk.averaged(f"error of the {name} over the formula"),
-            0.05,
-        )
-
-
-def _claims_of_best(walk: Results) -> Iterable[Claim]:
-    excess = {multiple: _over_best(walk, multiple) for multiple in (0.5, 1.5)}
-    for multiple, of_seed in excess.items():
-        yield above(
-            f"The momentum with m^2 / (1 - m) = q has a smaller D than {multiple:g} times it.",
-            "D over that at this momentum, mean over speeds",
-            mean_of(of_seed),
-            1.0,
-        )
-    yield near(
-        "At this momentum D is that against exact statistics over 1 - m.",
-        "D over the formula's, mean over speeds",
-        walk.where(**{"over best": 1.0}).averaged("D over the formula"),
-        0.05,
-    )
-
-
-def _claims_of_bound(bounded: Results) -> Iterable[Claim]:
-    largest = [_largest(bounded, f"largest error of the {name} over the bound") for name in ("mean", "variance")]
-    without = _largest(bounded, "largest error without noise over the lag")
-    yield within(
-        "No drift of at most v a batch takes a running statistic further off than v (1 - m) / m without noise.",
-        "Largest error over the bound",
-        without,
-        1 + 1e-9,
-    )
-    for name, found in zip(("mean", "variance"), largest, strict=True):
-        yield within(
-            f"With noise, no error of the running {name} is above the bound that each keeps with a probability of"
-            f" 1 - {CHANCE:g}.",
-            "Largest error over the bound, of all drifts, momenta, batches and seeds",
-            found,
-            1.0,
-        )
-    for kind, reached in (("steady", "a steady drift"), (SEARCHED, "the worst drift that a search finds")):
-        yield above(
-            f"The bound without noise is reached to within 1% by {reached}.",
-            "Largest error over the bound, mean over momenta",
-            bounded.where(drift=kind).averaged("largest error without noise over the lag"),
-            0.99,
-        )
-
-
-def _claims_of_correlation(correlated: Results) -> Iterable[Claim]:
-    yield near(
-        "The mean of a batch of correlated values is worth that of B_eff independent ones.",
-        "Effective batch size over the formula's, mean over correlations",
-        correlated.averaged("effective batch size over the formula"),
-        0.05,
-    )
-    yield near(
-        "The running variance of correlated values is too small by the factor (1 - 1 / B_eff) B / (B - 1).",
-        "Running variance over the formula's, mean over correlations",
-        correlated.averaged("running variance over the formula"),
-        0.05,
-    )
-    yield near(
-        "The squared error of the running mean of correlated values is that of B_eff independent ones, and more by the"
-        " covariance of batches where one goes on where the last one ended.",
-        "Error over the formula's, mean over correlations",
-        correlated.averaged("error of the running mean over the formula"),
-        0.05,
-    )
-
-
-def _claims_of_rules(choice: Results) -> Iterable[Claim]:
-    walks = "on the random walks that it is made for", [kind for kind in KINDS if "random walk" in kind]
-    every = "on any of the streams", list(KINDS)
-    for rule, (where, kinds) in ((NEIGHBOURS, walks), (TWO_LENGTHS, walks), *((rule, every) for rule in RULES)):
-        yield below_everywhere(
-            f"A momentum chosen without tuning, by {rule}, costs at most 5% of D {where}.",
-            "D over that of the best fixed momentum in hindsight",
-            {f'on "{kind}"': choice.where(drift=kind).mean(f"D over the least, {rule}") for kind in kinds},
-            1.05,
-        )
-    yield above(
-        f"The rule by {TWO_LENGTHS} is nearer to the best than the usual momentum of {USUAL:g}.",
-        f"D over the least, with {USUAL:g} less with the rule, mean over streams",
-        choice.averaged(GAIN),
-    )
-
-
-def _largest(results: Results, name: str) -> float | None:
-    return max((value for trial in results if isinstance(value := trial.values.get(name), float)), default=None)
-
-
-def _over_best(walk: Results, multiple: float) -> list[float]:
-    """D at a multiple of the best momentum over that at the best one, mean over speeds, of each seed."""
-    pairs = [
-        tuple(walk.where(speed=speed, **{"over best": each}).by_seed("D over N") for each in (multiple, 1.0))
-        for speed in SPEEDS
-    ]
-    seeds = sorted(set.intersection(*(set(found) for pair in pairs for found in pair)))
-    return [math.fsum(there[seed] / here[seed] for there, here in pairs) / len(pairs) for seed in seeds]
-
-
-def _chart_of_walks(walk: Results) -> LabChart:
-    def expected(speed: float) -> Callable[[float], float]:
-        return lambda multiple: error_of_walk(multiple * best_momentum(speed), speed) + speed + 1
-
-    best = ", ".join(f"{best_momentum(speed):.2g}" for speed in SPEEDS)
-    return LabChart(
-        "momentum",
-        "D on a random walk",
-        "momentum over the best",
-        "D over that against exact statistics",
-        (
-            *(walk.series("D over N", "over best", f"q = {speed:g}", speed=speed) for speed in SPEEDS),
-            *(formula(f"formula for q = {speed:g}", MULTIPLES, expected(speed)) for speed in SPEEDS),
-        ),
-        (
-            "q is the variance of a step over that of the noise of a batch, for the mean and for the variance.",
-            f"The best momentum by the formula, where m^2 / (1 - m) = q, is {best}.",
-        ),
-        x_scale="log",
-        y_scale="log",
-    )
-
-
-def _chart_of_steps(step: Results) -> LabChart:
-    chosen = MOMENTA[:3]
-    return LabChart(
-        "step",
-        "What is left of a step in the running mean",
-        "batches after the step",
-        "error over the step",
-        (
-            *(
-                step.where(momentum=momentum).along("left of the step of the mean", AFTER, f"momentum {momentum:g}")
-                for momentum in chosen
-            ),
-            *(
-                formula(f"formula for momentum {momentum:g}", AFTER, partial(math.pow, 1 - momentum))
-                for momentum in chosen
-            ),
-        ),
-    )
-
-
-def _chart_of_bound(bounded: Results) -> LabChart:
-    return LabChart(
-        "bound",
-        f"The largest error under drifts of at most {DRIFT:g} standard deviations a batch",
-        "drift",
-        "largest error of the running mean over its bound",
-        tuple(
-            bounded.series(
-                "largest error of the mean over the bound", "drift", f"momentum {momentum:g}", momentum=momentum
-            )
-            for momentum in FAST
-        ),
-        (f"The bound is v (1 - m) / m and the noise that is exceeded with a probability of {CHANCE:g}.",),
-    )
-
-
-def _chart_of_rules(choice: Results) -> LabChart:
-    names = {f"D over the least, {rule}": f"rule: {rule}" for rule in RULES}
-    names[f"D over the least, momentum {USUAL:g}"] = f"momentum {USUAL:g}"
-    return LabChart(
-        "rules",
-        "Momenta chosen without tuning",
-        "stream",
-        "D over that of the best fixed momentum",
-        tuple(choice.series(figure, "drift", name) for figure, name in names.items()),
-        (
-            "The best fixed momentum is that of least D in hindsight, of "
-            f"{len(GRID)} from {GRID[0]:g} to {GRID[-1]:g}, for each layer by itself.",
-        ),
-        y_scale="log",
-    )
-
-
-def _table_of_correlation(correlated: Results) -> LabTable:
-    ratio = "error of the running mean over that of independent values"
-    rows = [
-        (
-            f"{batches}, rho = {rho:g}",
-            *_told(correlated.where(batches=batches, correlation=rho), "effective batch size"),
-            score(effective_batch(BATCH, float(rho))),
-            *_told(correlated.where(batches=batches, correlation=rho), "running variance"),
-            *_told(correlated.where(batches=batches, correlation=rho), ratio),
-        )
-        for batches in (CLIPS, VIDEO)
-        for rho in RHOS
-    ]
-    return LabTable(
-        f"Batches of {BATCH} correlated values",
-        ("values", "effective batch size", "by the formula", "running variance", "squared error over independent"),
-        tuple(rows),
-        (f"Correlated as rho^k at a distance of k values, of variance 1; momentum {USUAL:g}.",),
-    )
-
-
-def _told(results: Results, name: str) -> tuple[str]:
-    found = results.mean(name)
-    return ("" if found is None else estimate(found),)
