@@ -1,4 +1,4 @@
-"""What an experiment is: conditions, a trial of one condition with one seed, and what is concluded from all of them."""
+"""What an experiment is: conditions, a trial of one condition with one seed, and what all trials show."""
 
 from __future__ import annotations
 
@@ -39,25 +39,11 @@ class Budget:
         return max(least, round(amount * self.factor))
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What an experiment concludes.
-
-    Attributes:
-        claims: The most important first.
-        charts: The first one stands for the experiment in lists.
-        tables: Figures that no chart shows.
-        notes: What the reader should know, a sentence each.
-    """
-
-    claims: tuple[Claim, ...]
-    charts: tuple[LabChart, ...]
-    tables: tuple[LabTable, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
 class Experiment(ABC):
-    """An experiment; it has no state, so that trials can run in any order and in any process."""
+    """An experiment; it has no state, so that trials can run in any order and in any process.
+
+    What is made of the trials is made whatever they show; some of them may have no figures.
+    """
 
     @abstractmethod
     def conditions(self, budget: Budget) -> Iterable[Condition]:
@@ -67,13 +53,13 @@ class Experiment(ABC):
     def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
         """Measure one condition; everything random was seeded with ``seed``, and torch has one thread."""
 
+    @abstractmethod
     def claims(self, results: Results, budget: Budget) -> Iterable[Claim]:
-        """What was to be shown, the most important first, and whether it was; some trials may have no figures."""
-        raise NotImplementedError
+        """What the trials show or refute, the most important first."""
 
+    @abstractmethod
     def charts(self, results: Results, budget: Budget) -> Iterable[LabChart]:
-        """The first one stands for the experiment in lists."""
-        raise NotImplementedError
+        """Their figures; the first chart stands for the experiment in lists."""
 
     def tables(self, results: Results, budget: Budget) -> Iterable[LabTable]:
         """Figures that no chart shows."""
@@ -82,11 +68,6 @@ class Experiment(ABC):
     def notes(self, results: Results, budget: Budget) -> Iterable[str]:
         """What the reader should know, a sentence each."""
         return ()
-
-    def conclude(self, results: Results, budget: Budget) -> Findings:
-        """All of these."""
-        parts = (self.claims, self.charts, self.tables, self.notes)
-        return Findings(*(tuple(part(results, budget)) for part in parts))  # type: ignore[arg-type]
 
 
 class MissingFigureError(LookupError):

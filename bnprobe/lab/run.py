@@ -92,7 +92,7 @@ def run(
             kept.add(trial)
             show(len(planned) - len(left) + number, len(planned))
     trials = tuple(kept.trials[_key(*each)] for each in planned)
-    found = experiment.conclude(Results(trials), settings)
+    results = Results(trials)
     return LabReport(
         tool=Tool("bnprobe", __version__),
         environment=environment(torch.device("cpu")),
@@ -104,10 +104,10 @@ def run(
         budget=budget,
         seeds=seeds,
         seconds=sum(trial.seconds for trial in trials),
-        claims=found.claims,
-        charts=found.charts,
-        tables=found.tables,
-        notes=(*_small(budget), *found.notes),
+        claims=tuple(experiment.claims(results, settings)),
+        charts=tuple(experiment.charts(results, settings)),
+        tables=tuple(experiment.tables(results, settings)),
+        notes=(*_small(budget), *experiment.notes(results, settings)),
         trials=trials,
     )
 

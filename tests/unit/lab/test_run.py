@@ -23,7 +23,6 @@ from bnprobe.files import append
 from bnprobe.lab.experiment import (
     Budget,
     Experiment,
-    Findings,
     Results,
     above,
     below,
@@ -35,7 +34,7 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.run import TRIALS
-from bnprobe.records import Estimate, LabChart, LabReport, Trial
+from bnprobe.records import Claim, Estimate, LabChart, LabReport, Trial
 from bnprobe.registry import load_code
 from bnprobe.report import render
 from bnprobe.report.html import picture_of_lab
@@ -64,8 +63,11 @@ class Dice(Experiment):
         Dice.ran.append((seed, condition["sides"]))
         return {"mean": torch.randint(condition["sides"], (budget.of(100),)).float().mean().item(), "none": math.nan}
 
-    def conclude(self, results: Results, budget: Budget) -> Findings:
-        return Findings((above("Means are above 0.", "Mean", results.where(sides=6).mean("mean")),), ())
+    def claims(self, results: Results, budget: Budget) -> Iterable[Claim]:
+        yield above("Means are above 0.", "Mean", results.where(sides=6).mean("mean"))
+
+    def charts(self, results: Results, budget: Budget) -> Iterable[LabChart]:
+        return ()
 
 
 @pytest.fixture(autouse=True)
@@ -305,9 +307,11 @@ def test_of_no_figures_nothing_is_concluded(name: str) -> None:
     budget = Budget(0.02, 1)
     experiment = load_code(lab.EXPERIMENTS[name].code, name, UsageError)
     trials = [Trial(dict(condition), 0, {}, 0.0) for condition in experiment.conditions(budget)]
-    found = experiment.conclude(Results(trials), budget)
-    assert {claim.verdict for claim in found.claims} == {"open"}
-    assert found.charts
+    results = Results(trials)
+    assert {claim.verdict for claim in experiment.claims(results, budget)} == {"open"}
+    assert list(experiment.charts(results, budget))
+    for tables_or_notes in (experiment.tables, experiment.notes):
+        list(tables_or_notes(results, budget))
 
 
 def test_a_series_leaves_out_what_diverged() -> None:

@@ -40,7 +40,7 @@ def test_the_criterion_is_relative_to_the_default_build() -> None:
         for name, found in accuracies.items()
         for seed in range(3)
     ]
-    claims = Single().conclude(Results(trials), Budget()).claims
+    claims = list(Single().claims(Results(trials), Budget()))
     assert [claim.verdict for claim in claims[:3]] == ["refuted", "open", "shown"]
     assert claims[5].verdict == "shown"
 
