@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from bnprobe.numbers import percent, score
-from bnprobe.records import Claim, ClaimVerdict, Estimate, LabChart, LabSeries, LabTable, Trial
+from bnprobe.records import Claim, ClaimVerdict, Estimate, LabChart, LabSeries, LabTable, Setting, Trial
 from bnprobe.report.figures import estimate
 from bnprobe.stats.intervals import half_width
 
-Condition = Mapping[str, str | int | float | bool]
+Condition = Mapping[str, Setting]
 """What is different from trial to trial: plain values by name."""
 
 Values = Mapping[str, float | Sequence[float | None] | None]
@@ -87,12 +87,12 @@ class Results:
     def __iter__(self) -> Iterator[Trial]:
         return iter(self.trials)
 
-    def where(self, **condition: str | int | float | bool) -> Results:
+    def where(self, **condition: Setting) -> Results:
         """Those with these settings."""
         wanted = condition.items()
         return Results(trial for trial in self.trials if wanted <= trial.condition.items())
 
-    def levels(self, setting: str) -> list[str | int | float | bool]:
+    def levels(self, setting: str) -> list[Setting]:
         """The values of a setting, in their order."""
         return list(dict.fromkeys(trial.condition[setting] for trial in self.trials if setting in trial.condition))
 
@@ -111,7 +111,7 @@ class Results:
                 found[trial.seed] = float(value)
         return found
 
-    def value(self, name: str, **condition: str | int | float | bool) -> float:
+    def value(self, name: str, **condition: Setting) -> float:
         """A figure of the one trial with these settings, where the trials are of one seed.
 
         Raises:
@@ -166,7 +166,7 @@ class Results:
         here, there = self.by_seed(name), other.by_seed(its or name)
         return [(here[seed], there[seed]) for seed in here if seed in there]
 
-    def series(self, figure: str, over: str, name: str, **condition: str | int | float | bool) -> LabSeries:
+    def series(self, figure: str, over: str, name: str, **condition: Setting) -> LabSeries:
         """The mean of a figure over seeds, at each value of a setting.
 
         Args:

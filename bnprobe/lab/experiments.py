@@ -34,7 +34,6 @@ IOFFE_2015 = "Ioffe & Szegedy 2015, Batch Normalization, arXiv 1502.03167"
 IOFFE_2017 = "Ioffe 2017, Batch Renormalization, arXiv 1702.03275"
 WU_HE = "Wu & He 2018, Group Normalization, arXiv 1803.08494"
 SANTURKAR = "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, arXiv 1805.11604"
-GOYAL = "Goyal et al. 2017, Accurate, Large Minibatch SGD, arXiv 1706.02677"
 WU_JOHNSON = 'Wu & Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576'
 LI = "Li et al. 2019, Understanding the Disharmony between Dropout and Batch Normalization, arXiv 1801.05134"
 SCHNEIDER = "Schneider et al. 2020, Improving robustness against common corruptions, arXiv 2006.16971"

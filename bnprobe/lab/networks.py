@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,20 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.layers import BatchNorm, BatchRenorm, batch_moments, group_norm, instance_norm, layer_norm
+from bnprobe.lab.layers import BatchNorm, batch_moments
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalization of so many channels."""
 
-NORMS: Mapping[str, Norm] = {
-    "none": lambda channels: nn.Identity(),
-    "batch norm": BatchNorm,
-    "Batch Renorm": BatchRenorm,
-    "group norm": group_norm,
-    "layer norm": layer_norm,
-    "instance norm": instance_norm,
-}
-"""By the names that experiments use for them."""
+
+def no_norm(channels: int) -> nn.Module:
+    """No normalization."""
+    return nn.Identity()
 
 
 def conv_net(shape: torch.Size | tuple[int, ...], classes: int, norm: Norm, width: int = 16) -> nn.Sequential:

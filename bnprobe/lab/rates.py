@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,12 +33,13 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
-from bnprobe.lab.networks import NORMS, Norm, batch_norms, conv_net, held_out_accuracy, train
+from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, no_norm, train
 from bnprobe.numbers import percent, score
 from bnprobe.records import Claim, Estimate, LabChart, LabTable
 from bnprobe.report.figures import estimate
 
 NONE, NORM = "none", "batch norm"
+ARMS: Mapping[str, Norm] = {NORM: BatchNorm, NONE: no_norm}
 SWEEP, SCALE, SMOOTHNESS = "sweep", "scale", "smoothness"
 
 BATCH = 64
@@ -102,7 +103,7 @@ class Rates(Experiment):
     def conditions(self, budget: Budget) -> Iterable[Condition]:
         """Each part and what it compares."""
         yield {"part": SCALE}
-        for name in (NORM, NONE):
+        for name in ARMS:
             yield {"part": SMOOTHNESS, "normalization": name}
             for rate in RATES:
                 yield {"part": SWEEP, "rate": rate, "normalization": name}
@@ -112,7 +113,7 @@ class Rates(Experiment):
         images = load(budget.data)
         if condition["part"] == SCALE:
             return _scale(images, seed, budget)
-        norm = NORMS[str(condition["normalization"])]
+        norm = ARMS[str(condition["normalization"])]
         if condition["part"] == SWEEP:
             return _trained(images, norm, float(condition["rate"]), seed, budget)
         return _along_gradients(images, norm, seed, budget)
@@ -123,7 +124,7 @@ class Rates(Experiment):
         scale = results.where(part=SCALE)
         for claim, what, figure in EXACTLY:
             yield within(claim, what, scale.largest(figure), EXACT)
-        smooth, rough = (results.where(part=SMOOTHNESS, normalization=name) for name in (NORM, NONE))
+        smooth, rough = (results.where(part=SMOOTHNESS, normalization=name) for name in ARMS)
         for name, claim, letter in (
             ("range of the loss", "the loss varies less along its gradient", "a"),
             ("change of the gradient", "the gradient changes less along itself", "b"),
@@ -143,7 +144,7 @@ class Rates(Experiment):
             "Held-out accuracy against the learning rate",
             "learning rate",
             "share of right answers",
-            tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in (NORM, NONE)),
+            tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in ARMS),
             (f"SGD with momentum 0.9, batches of {BATCH}, {_steps(budget):,} steps.",),
             x_scale="log",
         )
@@ -166,7 +167,7 @@ class Rates(Experiment):
         )
         steps = _measured(budget)
         ranges, smoothnesses = (
-            tuple(smoothness.where(normalization=name).along(figure, steps, name) for name in (NORM, NONE))
+            tuple(smoothness.where(normalization=name).along(figure, steps, name) for name in ARMS)
             for figure in ("ranges", "smoothnesses")
         )
         yield LabChart(
@@ -199,13 +200,13 @@ class Rates(Experiment):
         def row(rate: float) -> Iterator[str]:
             yield f"{rate:g}"
             for _, figure, write in figures:
-                for name in (NORM, NONE):
+                for name in ARMS:
                     found = sweep.where(rate=rate, normalization=name).mean(figure)
                     yield "no number" if found is None else write(found)
 
         yield LabTable(
             "What becomes of each rate",
-            ("rate", *(f"{heading}, {name}" for heading, *_ in figures for name in (NORM, NONE))),
+            ("rate", *(f"{heading}, {name}" for heading, *_ in figures for name in ARMS)),
             tuple(tuple(row(rate)) for rate in RATES),
             (
                 "Loss: mean over the last tenth of the steps, of seeds in which it is a number. Exploded: share of"
@@ -233,7 +234,7 @@ class Rates(Experiment):
 
 
 def _claims_of_rates(sweep: Results) -> Iterator[Claim]:
-    norm, none = (sweep.where(normalization=name) for name in (NORM, NONE))
+    norm, none = (sweep.where(normalization=name) for name in ARMS)
     yield above(
         "With batch norm the network learns at higher rates.",
         "Highest rate at which it learns, over that without, in powers of ten",

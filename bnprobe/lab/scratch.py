@@ -28,13 +28,17 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import BatchNormByHand
-from bnprobe.lab.networks import NORMS, Norm, conv_net, held_out_accuracy, train
+from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, no_norm, train
 from bnprobe.numbers import score
 from bnprobe.records import Claim, LabChart, LabTable
 
 PRECISIONS: Mapping[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
-ARMS: Mapping[str, Norm] = {"written from the equations": BatchNormByHand, "torch's": nn.BatchNorm2d}
-OURS, TORCHS, NONE = *ARMS, "none"
+ARMS: Mapping[str, Norm] = {
+    "written from the equations": BatchNormByHand,
+    "torch's": nn.BatchNorm2d,
+    "none": no_norm,
+}
+OURS, TORCHS, NONE = ARMS
 LAYER, STEPS, TRAINING = "layer", "steps", "training"
 
 SHAPE = (32, 8, 7, 7)
@@ -60,7 +64,7 @@ class Scratch(Experiment):
         """Each part and what it compares."""
         return [
             *({"part": part, "precision": precision} for part in (LAYER, STEPS) for precision in PRECISIONS),
-            *({"part": TRAINING, "normalization": name} for name in (*ARMS, NONE)),
+            *({"part": TRAINING, "normalization": name} for name in ARMS),
         ]
 
     def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
@@ -70,7 +74,7 @@ class Scratch(Experiment):
         images = load(budget.data)
         if condition["part"] == STEPS:
             return _same_steps(images, PRECISIONS[str(condition["precision"])], seed, budget)
-        return _training(images, {**ARMS, **NORMS}[str(condition["normalization"])], seed, budget)
+        return _training(images, ARMS[str(condition["normalization"])], seed, budget)
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Exactness first, then what the layer is good for."""
@@ -185,7 +189,7 @@ class Scratch(Experiment):
 
 def _trainings(results: Results) -> list[Results]:
     """With this layer, with torch's and with none."""
-    return [results.where(part=TRAINING, normalization=name) for name in (OURS, TORCHS, NONE)]
+    return [results.where(part=TRAINING, normalization=name) for name in ARMS]
 
 
 def rounding(values: int, precision: torch.dtype) -> float:
@@ -233,7 +237,7 @@ def _figures(layer: nn.Module, inputs: Sequence[Tensor], weighing: Tensor) -> Ma
 def _same_steps(images: Images, precision: torch.dtype, seed: int, budget: Budget) -> Values:
     """Train with both layers from one seed; how far the losses of each step are apart."""
     steps = _steps(budget)
-    ours, torchs = (_losses(images, norm, precision, seed, steps[-1]) for norm in ARMS.values())
+    ours, torchs = (_losses(images, ARMS[name], precision, seed, steps[-1]) for name in (OURS, TORCHS))
     apart = [abs(here - there) / there for here, there in zip(ours, torchs, strict=True)]
     return {"first steps": max(apart[:FIRST]), "difference": [apart[step - 1] for step in steps]}
 

@@ -11,7 +11,8 @@ from torch import nn
 from bnprobe.lab import rates
 from bnprobe.lab.data import load
 from bnprobe.lab.experiment import Budget, MissingFigureError, Results
-from bnprobe.lab.networks import NORMS, conv_net
+from bnprobe.lab.layers import BatchNorm
+from bnprobe.lab.networks import conv_net, no_norm
 from bnprobe.records import Trial
 
 TINY = Budget(0.02, 1)
@@ -75,7 +76,7 @@ def test_the_gradient_of_a_quadratic_changes_as_fast_as_its_curvature(monkeypatc
 
 
 def test_following_the_gradient_leaves_the_network_alone() -> None:
-    model = conv_net((1, 8, 8), 10, NORMS["batch norm"])
+    model = conv_net((1, 8, 8), 10, BatchNorm)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = load(None)
     rates._follow(model, (images.train[:16], images.train_labels[:16]))
@@ -88,7 +89,7 @@ def test_a_rate_beyond_measure_explodes_and_a_small_one_does_not() -> None:
     explodes = {}
     for rate in (0.01, 1e6):
         torch.manual_seed(0)
-        explodes[rate] = rates._trained(images, NORMS["none"], rate, 0, TINY)["explodes"]
+        explodes[rate] = rates._trained(images, no_norm, rate, 0, TINY)["explodes"]
     assert explodes == {0.01: 0.0, 1e6: 1.0}
 
 
