@@ -325,5 +325,4 @@ def _worst_of(claims: Sequence[Claim]) -> Claim:
 def _evidence(found: Estimate | None, what: str, needed: str) -> str:
     if found is None:
         return f"{what}: not measured."
-    interval = "" if found.interval is None else " (95% interval over seeds)"
-    return f"{what}: {estimate(found)}{interval}; {needed}."
+    return f"{what}: {estimate(found)}; {needed}."

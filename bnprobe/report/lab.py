@@ -25,6 +25,7 @@ def render(found: LabReport, options: RenderOptions) -> str:
         page.heading(title(found)),
         page.labelled(facts(found)),
         [line for claim in found.claims for line in _claim(SIGNS[claim.verdict], claim.text, claim.evidence, page)],
+        page.paragraph(over_seeds(found)),
         *(_chart(chart, page) for chart in (found.charts if options.show_all else found.charts[:1])),
         *(_table(each, page) for each in found.tables if options.show_all),
         page.section("Notes", found.notes),
@@ -43,7 +44,7 @@ def render_markdown(found: LabReport, options: RenderOptions) -> str:
     parts = [
         f"# {prose(found.title)}",
         prose(found.question),
-        f"{prose(one_line(found))}.",
+        f"{prose(one_line(found))}. {prose(over_seeds(found))}",
         "\n".join(claims),
         f"![{prose(found.charts[0].title)}]({found.experiment}.svg)" if found.charts else "",
         *(f"## {prose(each.title)}\n\n{_rows(*cells(each))}{_said(each.legend)}" for each in found.charts),
@@ -72,6 +73,13 @@ def one_line(found: LabReport) -> str:
     verdicts = [claim.verdict for claim in found.claims]
     rest = [f"{verdicts.count(each)} {_in_words(each)}" for each in SIGNS if each != "shown" and each in verdicts]
     return ", ".join([f"{verdicts.count('shown')} of {count(len(verdicts), 'claim')} shown", *rest])
+
+
+def over_seeds(found: LabReport) -> str:
+    """What ± stands for, a sentence."""
+    if found.seeds == 1:
+        return "Figures are of one seed, without intervals: claims that need one are left open."
+    return f"Figures with ± are means over {found.seeds} seeds, and half of their 95% intervals (Student's t)."
 
 
 def sign(found: LabReport) -> str:

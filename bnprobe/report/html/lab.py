@@ -37,7 +37,7 @@ def lab_page(found: LabReport, options: RenderOptions) -> Document:
         title=words.title(found),
         sign=words.sign(found),
         verdict=f"{words.one_line(found)}.",
-        sentences=(found.question,),
+        sentences=(found.question, words.over_seeds(found)),
         top=(Tiles(tuple(_tiles(found))),),
         sections=(
             Section("claims", "What was claimed, and what the figures say", tuple(_claims(found)), "Claims"),
