@@ -24,16 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, Images, batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    near_everywhere,
-    within,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, near_everywhere, within
 from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
 from bnprobe.lab.networks import conv_net, held_out_accuracy, input_of, take_population, train
 from bnprobe.records import Claim, LabChart

@@ -25,18 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    below,
-    formula,
-    series,
-    within,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, formula, series, within
 from bnprobe.lab.layers import BatchNorm, PerWorkerBatchNorm
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
 from bnprobe.lab.workers import Work, train_together

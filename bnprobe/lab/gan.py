@@ -28,15 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    below,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, mismatch, opening, set_limits
 from bnprobe.lab.networks import Call, Norm, calls_in_training, conv_net, input_of, train
 from bnprobe.nn import DomainBatchNorm2d, domain

@@ -24,17 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    below,
-    series,
-    within,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, series, within
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart

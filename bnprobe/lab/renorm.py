@@ -136,61 +136,24 @@ class Renorm(Experiment):
         }
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
-        """The claims of the paper, and what is said of fine-tuning."""
-
-        def arm(norm: str, size: int, kind: str = MIXED, start: str = SCRATCH) -> Results:
-            return _arm(results, norm, size, kind, start)
-
-        def more(text: str, one: Results, other: Results, limit: float = 0.0) -> Claim:
-            return above(text, "Difference of accuracy", one.less("accuracy", other), limit)
-
+        """The claims of the paper, of group norm, and of fine-tuning."""
         large, small, smallest = SIZES
-        yield more(
-            f"With batches of {large}, Batch Renorm costs less than a point of accuracy against batch norm (Ioffe 2017,"
-            " section 4.1: it costs nothing).",
-            arm(RENORM, large),
-            arm(BATCH_NORM, large),
-            -POINT,
-        )
-        for size, kind, which, section in (
-            (small, MIXED, "", " (section 4.2)"),
-            (smallest, MIXED, "", ""),
-            (large, SORTED, " sorted by class", " (section 4.3)"),
-            (small, SORTED, " sorted by class", ""),
-        ):
-            yield more(
-                f"With batches of {size}{which}, Batch Renorm is more accurate than batch norm{section}.",
-                arm(RENORM, size, kind),
-                arm(BATCH_NORM, size, kind),
-            )
-        yield more(
-            f"With batches of {large} sorted by class, Batch Renorm loses less than a point against i.i.d. batches"
-            " (section 4.3: it loses nothing).",
-            arm(RENORM, large, SORTED),
-            arm(RENORM, large),
-            -POINT,
-        )
-        yield more(
-            f"With batches of {large} sorted by class, limits that open over training are better than ones that are"
-            " open at once (section 3).",
-            arm(RENORM, large, SORTED),
-            arm(OPEN, large, SORTED),
-        )
-        yield more(
+        yield from _claims_of_the_paper(results)
+        yield _more(
             f"With batches of {smallest}, group norm is more accurate than batch norm (Wu & He 2018).",
-            arm(GROUP_NORM, smallest),
-            arm(BATCH_NORM, smallest),
+            _arm(results, GROUP_NORM, smallest),
+            _arm(results, BATCH_NORM, smallest),
         )
-        yield more(
+        yield _more(
             f"In fine-tuning with batches of {small}, Batch Renorm is more accurate than batch norm.",
-            arm(RENORM, small, MIXED, FINE_TUNED),
-            arm(BATCH_NORM, small, MIXED, FINE_TUNED),
+            _arm(results, RENORM, small, MIXED, FINE_TUNED),
+            _arm(results, BATCH_NORM, small, MIXED, FINE_TUNED),
         )
-        yield more(
+        yield _more(
             f"In fine-tuning with batches of {large} sorted by class, frozen statistics are more accurate than batch"
             " norm.",
-            arm(FROZEN, large, SORTED, FINE_TUNED),
-            arm(BATCH_NORM, large, SORTED, FINE_TUNED),
+            _arm(results, FROZEN, large, SORTED, FINE_TUNED),
+            _arm(results, BATCH_NORM, large, SORTED, FINE_TUNED),
         )
 
     def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
@@ -241,7 +204,46 @@ class Renorm(Experiment):
         yield SCHEDULE
 
 
-def _arm(results: Results, norm: str, size: int, kind: str, start: str) -> Results:
+def _claims_of_the_paper(results: Results) -> Iterator[Claim]:
+    large, small, smallest = SIZES
+    yield _more(
+        f"With batches of {large}, Batch Renorm costs less than a point of accuracy against batch norm (Ioffe 2017,"
+        " section 4.1: it costs nothing).",
+        _arm(results, RENORM, large),
+        _arm(results, BATCH_NORM, large),
+        -POINT,
+    )
+    for size, kind, which, section in (
+        (small, MIXED, "", " (section 4.2)"),
+        (smallest, MIXED, "", ""),
+        (large, SORTED, " sorted by class", " (section 4.3)"),
+        (small, SORTED, " sorted by class", ""),
+    ):
+        yield _more(
+            f"With batches of {size}{which}, Batch Renorm is more accurate than batch norm{section}.",
+            _arm(results, RENORM, size, kind),
+            _arm(results, BATCH_NORM, size, kind),
+        )
+    yield _more(
+        f"With batches of {large} sorted by class, Batch Renorm loses less than a point against i.i.d. batches (section"
+        " 4.3: it loses nothing).",
+        _arm(results, RENORM, large, SORTED),
+        _arm(results, RENORM, large),
+        -POINT,
+    )
+    yield _more(
+        f"With batches of {large} sorted by class, limits that open over training are better than ones that are open at"
+        " once (section 3).",
+        _arm(results, RENORM, large, SORTED),
+        _arm(results, OPEN, large, SORTED),
+    )
+
+
+def _more(text: str, one: Results, other: Results, limit: float = 0.0) -> Claim:
+    return above(text, "Difference of accuracy", one.less("accuracy", other), limit)
+
+
+def _arm(results: Results, norm: str, size: int, kind: str = MIXED, start: str = SCRATCH) -> Results:
     """What sees no batch was trained once for each start."""
     of_norm = results.where(norm=norm, start=start)
     return of_norm if norm in ALONE else of_norm.where(batch=size, batches=kind)

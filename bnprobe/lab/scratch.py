@@ -15,18 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    below,
-    mean_of,
-    near,
-    within,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, mean_of, near, within
 from bnprobe.lab.layers import BatchNormByHand
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, no_norm, train
 from bnprobe.numbers import score

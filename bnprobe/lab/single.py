@@ -17,17 +17,7 @@ import torch
 from torch import nn
 
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    below,
-    near,
-    series,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, near, series
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import accuracy, conv_net, held_out_accuracy, train
 from bnprobe.nn import GatedBatchNorm2d

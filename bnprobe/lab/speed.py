@@ -33,16 +33,7 @@ from bnprobe.commands.exporters import exporter_of, is_installed, quantized, sha
 from bnprobe.config.exporters import EXPORTERS
 from bnprobe.errors import RepairError
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import (
-    Budget,
-    Condition,
-    Experiment,
-    Results,
-    Values,
-    above,
-    below,
-    within,
-)
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, within
 from bnprobe.lab.networks import train
 from bnprobe.numbers import percent
 from bnprobe.records import Claim, LabChart
