@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bnprobe.lab.data import POPULATION, Images, batches, load
 from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, near_everywhere, within
 from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
-from bnprobe.lab.networks import conv_net, held_out_accuracy, input_of, take_population, train
+from bnprobe.lab.networks import batch_norms, conv_net, held_out_accuracy, input_of, take_population, train
 from bnprobe.records import Claim, LabChart
 
 BEFORE, AFTER = "before batch norm", "behind the last batch norm"
@@ -56,7 +56,7 @@ class Dropout(Experiment):
             images.train, images.train_labels, BATCH, budget.of(STEPS, 20), torch.Generator().manual_seed(seed)
         )
         train(model, steps, RATE)
-        last = [layer for layer in model if isinstance(layer, BatchNorm)][-1]
+        last = batch_norms(model)[-1]
         population = images.train[:POPULATION]
         measured, expected = _shift(model, last, population, rate, budget.of(MASKS))
         trained = held_out_accuracy(model, images.test, images.test_labels)
@@ -97,7 +97,7 @@ class Dropout(Experiment):
         yield above(
             "Statistics taken anew, without dropout, give back some of what the shift cost.",
             f"Gain of held-out accuracy at rate {LARGE}, before batch norm less behind it",
-            results.where(rate=LARGE).each_seed(lambda one: _gain(one, BEFORE) - _gain(one, AFTER)),
+            results.where(rate=LARGE).mean_over_seeds(lambda one: _gain(one, BEFORE) - _gain(one, AFTER)),
         )
 
     def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:

@@ -137,9 +137,9 @@ class Results:
 
     def averaged(self, name: str) -> Estimate | None:
         """As `mean`, of the mean of a figure over all conditions of a seed."""
-        return self.each_seed(lambda of_seed: average(of_seed.values(name)))
+        return self.mean_over_seeds(lambda of_seed: average(of_seed.values(name)))
 
-    def each_seed(self, figure: Callable[[Results], float]) -> Estimate | None:
+    def mean_over_seeds(self, figure: Callable[[Results], float]) -> Estimate | None:
         """As `mean`, of what a function makes of the trials of each seed; a seed that misses a figure is left out."""
         found = []
         for seed in dict.fromkeys(trial.seed for trial in self.trials):

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
 from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, formula, series, within
-from bnprobe.lab.layers import BatchNorm, PerWorkerBatchNorm
-from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
+from bnprobe.lab.layers import PerWorkerBatchNorm
+from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, keep_statistics, train
 from bnprobe.lab.workers import Work, train_together
 from bnprobe.records import Claim, Estimate, LabChart
 
@@ -189,9 +189,8 @@ def _train(model: nn.Sequential, images: Images, steps: int, until: float | None
 
     def freeze(step: int, _: float) -> None:
         if until is not None and step + 1 == round(until * steps):
-            for layer in model:
-                if isinstance(layer, BatchNorm):
-                    layer.frozen = True
+            for layer in batch_norms(model):
+                layer.frozen = True
 
     train(model, _batches(images, steps, seed), RATE, freeze, decay_over=steps)
 
@@ -205,9 +204,7 @@ def _loss(model: nn.Sequential, images: Images) -> float:
 @torch.no_grad()
 def _change(model: nn.Sequential, pixels: Tensor) -> float:
     """Mean squared difference of outputs between training and inference, over their variance at inference."""
-    for layer in model:
-        if isinstance(layer, BatchNorm):
-            layer.momentum = 0.0
+    keep_statistics(model)
     whole = pixels[: len(pixels) // BATCH * BATCH] if len(pixels) >= BATCH else pixels
     trained = torch.cat([model.train()(part) for part in whole.split(BATCH)])
     used = torch.cat([model.eval()(part) for part in whole.split(BATCH)])

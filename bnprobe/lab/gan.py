@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bnprobe.lab.data import Images, batches, load
 from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, mismatch, opening, set_limits
-from bnprobe.lab.networks import Call, Norm, calls_in_training, conv_net, input_of, train
+from bnprobe.lab.networks import Call, Norm, calls_in_training, conv_net, input_of, keep_statistics, train
 from bnprobe.nn import DomainBatchNorm2d, domain
 from bnprobe.records import Claim, LabChart
 from bnprobe.stats.theory import mismatch_iid
@@ -67,7 +67,8 @@ class Gan(Experiment):
         draws = torch.Generator().manual_seed(seed)
         steps = budget.of(STEPS, 4)
         _play(arm, generator, discriminator, batches(images.train, images.train_labels, BATCH, steps, draws), steps)
-        hold(generator, discriminator)
+        keep_statistics(generator)
+        keep_statistics(discriminator)
         return {
             **_measured(arm, generator, discriminator, images, budget.of(MEASURED, 4), draws),
             **_quality(generator, images, seed, budget),
@@ -236,17 +237,6 @@ def answers(arm: str, discriminator: nn.Module, real: Tensor, fake: Tensor) -> t
         return of_real, discriminator(fake)
 
 
-def _norms(network: nn.Sequential) -> list[BatchNorm | DomainBatchNorm2d]:
-    return [layer for layer in network if isinstance(layer, BatchNorm | DomainBatchNorm2d)]
-
-
-def hold(*networks: nn.Sequential) -> None:
-    """Let running statistics stay as they are in train mode, too."""
-    for network in networks:
-        for layer in _norms(network):
-            layer.momentum = 0.0
-
-
 # --- The discriminator ------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +250,8 @@ def _measured(
     draws: torch.Generator,
 ) -> Values:
     """D of batches of each kind, and accuracy in both modes, on held-out images and as many generated in train mode."""
-    layers, right = _norms(discriminator), {"train": 0, "eval": 0}
+    layers = [layer for layer in discriminator if isinstance(layer, BatchNorm | DomainBatchNorm2d)]
+    right = {"train": 0, "eval": 0}
     with ExitStack() as watching:
         seen = [watching.enter_context(calls_in_training(layer)) for layer in layers]
         for real, _ in batches(images.test, images.test_labels, BATCH, count, draws):

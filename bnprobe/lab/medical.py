@@ -103,7 +103,7 @@ class Medical(Experiment):
         yield above(
             f"From batch {LARGE} to batch {PAIR} batch norm loses more than group norm.",
             "Loss of held-out Dice score of batch norm less that of group norm",
-            results.each_seed(lambda one: _lost(one, BATCH_NORM) - _lost(one, GROUP)),
+            results.mean_over_seeds(lambda one: _lost(one, BATCH_NORM) - _lost(one, GROUP)),
         )
 
     def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:

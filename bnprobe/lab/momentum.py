@@ -75,8 +75,6 @@ CONSTANTS = 5
 EARLY = 10
 """Batches after which momenta are compared."""
 
-Figure = float | Sequence[float | None] | None
-
 
 class Momentum(Experiment):
     """Two trainings with each momentum; after the slower one, each shift."""
@@ -91,7 +89,7 @@ class Momentum(Experiment):
         """Train, then shift."""
         images, rate, momentum = load(budget.data), float(condition["rate"]), float(condition["momentum"])
         model = conv_net(images.train.shape[1:], images.classes, functools.partial(BatchNorm, momentum=momentum))
-        found = _trained(model, images, rate, seed, budget)
+        found = dict(_trained(model, images, rate, seed, budget))
         if rate == LOW:
             for shift in SHIFTS:
                 found |= _shifted(model, images, shift, seed, budget)
@@ -198,14 +196,14 @@ def _claims_of_shifts(slowly: Results) -> Iterator[Claim]:
     yield near(
         "Running statistics follow a shift with the time constant -1/ln(1-m).",
         "Time constant over the formula's, mean over momenta (running mean of the first layer, brightness)",
-        slowly.each_seed(_constant_over_formula),
+        slowly.mean_over_seeds(_constant_over_formula),
         0.05,
     )
     yield near(
         "The batches until the accuracy is back grow in proportion to the time constant.",
         f"Slope of their logarithm against that of the time constant, momenta from {SLOW} to {FAST}, mean of brightness"
         " and domain",
-        slowly.each_seed(_slope),
+        slowly.mean_over_seeds(_slope),
         0.1,
     )
     yield below(
@@ -263,7 +261,7 @@ def time_constant(momentum: float) -> float:
 # --- Trials -----------------------------------------------------------------------------------------------------------
 
 
-def _trained(model: nn.Sequential, images: Images, rate: float, seed: int, budget: Budget) -> dict[str, Figure]:
+def _trained(model: nn.Sequential, images: Images, rate: float, seed: int, budget: Budget) -> Values:
     """Train; how far running statistics are from the population's, five times in the second half."""
     steps, many = budget.of(STEPS, 20), budget.of(POPULATION, 512)
     looks = {round(steps * share) for share in (0.6, 0.7, 0.8, 0.9, 1.0)}
@@ -286,7 +284,7 @@ def _trained(model: nn.Sequential, images: Images, rate: float, seed: int, budge
     return {"loss": losses[-1], "distance": average(distances), "lost accuracy": average(lost)}
 
 
-def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Budget) -> dict[str, Figure]:
+def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Budget) -> Values:
     """Accuracies in eval mode while shifted batches pass in train mode, and how the running mean follows them."""
     change, swapped = SHIFTS[shift], shift == CLASSES
     often = frequencies(images.train_labels, images.classes, swapped)
@@ -305,14 +303,14 @@ def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Bu
         left.append(float((first.running_mean - aim) @ begin / begin.square().sum()))
         if batch in grid:
             accuracies[batch] = score(model, held_out, images.test_labels, at_test)
-    found: dict[str, Figure] = {
+    return {
         _as_trained(shift): accuracies[0],
         _early(shift): accuracies[EARLY],
         _at_last(shift): average(list(accuracies.values())[-LAST:]),
         f"batches, {shift}": _back(accuracies) if grid[-1] >= CONSTANTS * time_constant(first.momentum) else None,
         f"accuracies, {shift}": [accuracies[batch] for batch in grid],
+        **({"time constant": crossing(left)} if shift == BRIGHTNESS else {}),
     }
-    return found | ({"time constant": crossing(left)} if shift == BRIGHTNESS else {})
 
 
 def _grid(momentum: float, budget: Budget) -> list[int]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.layers import BatchNorm, batch_moments
+from bnprobe.nn import DomainBatchNorm2d
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalization of so many channels."""
@@ -75,8 +76,9 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 def keep_statistics(model: nn.Module) -> None:
     """Let running statistics stay as they are in train mode, too."""
-    for layer in batch_norms(model):
-        layer.momentum = 0.0
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm | DomainBatchNorm2d):
+            layer.momentum = 0.0
 
 
 @torch.no_grad()

@@ -238,7 +238,7 @@ def _claims_of_rates(sweep: Results) -> Iterator[Claim]:
     yield above(
         "With batch norm the network learns at higher rates.",
         "Highest rate at which it learns, over that without, in powers of ten",
-        sweep.each_seed(_reach),
+        sweep.mean_over_seeds(_reach),
     )
     best = _best(none)
     thirty = min(RATES, key=lambda rate: abs(math.log(rate / best / TIMES)))

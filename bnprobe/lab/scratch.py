@@ -1,9 +1,9 @@
 """``scratch``: a batch norm that is written from the equations, beside torch's and beside none.
 
 First the layer alone, on random values: outputs in both modes, running statistics and the three gradients of section 3
-of the paper, each against torch's ``nn.BatchNorm2d``. Rounding is all that may differ. Then a network is trained twice
-from one seed, with this layer and with torch's, and the losses are compared step by step. At last the network is
-trained to the end with this layer, with torch's and with no normalization.
+of Ioffe & Szegedy 2015, each against torch's ``nn.BatchNorm2d``. Rounding is all that may differ. Then a network is
+trained twice from one seed, with this layer and with torch's, and the losses are compared step by step. Last, the
+network is trained to the end with this layer, with torch's and with no normalization.
 """
 
 from __future__ import annotations

@@ -150,7 +150,9 @@ def _e(n: float) -> float:
 def _over_formula(results: Results, name: str, expected: Callable[[float], float]) -> Estimate | None:
     """A figure over what a formula gives, the mean over batch sizes."""
     sizes = [size for size in SIZES if size in results.levels("batch")]
-    return results.each_seed(lambda one: average([one.value(name, batch=size) / expected(size) for size in sizes]))
+    return results.mean_over_seeds(
+        lambda one: average([one.value(name, batch=size) / expected(size) for size in sizes])
+    )
 
 
 def _normal(size: int, count: int) -> Values:

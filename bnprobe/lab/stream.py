@@ -206,7 +206,7 @@ def _claims_of_best(results: Results) -> Iterator[Claim]:
         yield above(
             f"The momentum with m^2 / (1 - m) = q has a smaller D than {multiple:g} times it.",
             "D over that at this momentum, mean over speeds",
-            results.where(part=WALK).each_seed(partial(_over_best, multiple)),
+            results.where(part=WALK).mean_over_seeds(partial(_over_best, multiple)),
             1.0,
         )
     yield near(

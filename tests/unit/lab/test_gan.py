@@ -20,11 +20,9 @@ from bnprobe.lab.gan import (
     _mismatches,
     answers,
     frechet_distance,
-    hold,
     pooled,
 )
-from bnprobe.lab.layers import BatchNorm
-from bnprobe.lab.networks import Call, calls_in_training
+from bnprobe.lab.networks import Call, calls_in_training, keep_statistics
 from bnprobe.stats.theory import mismatch_iid
 
 
@@ -69,7 +67,7 @@ def test_one_set_of_statistics_fits_neither_kind_and_two_fit_both(arm: str) -> N
     discriminator = _discriminator(arm)
     for _ in range(120):
         answers(arm, discriminator, *_kinds())
-    hold(discriminator)
+    keep_statistics(discriminator)
     layer = discriminator[1]
     with calls_in_training(layer) as calls:
         for _ in range(8):
@@ -86,13 +84,14 @@ def test_one_set_of_statistics_fits_neither_kind_and_two_fit_both(arm: str) -> N
     torch.testing.assert_close(pooled(parts), whole[0])
 
 
-def test_held_statistics_stay() -> None:
-    discriminator = _discriminator(ONE)
-    hold(discriminator)
-    answers(ONE, discriminator, *_kinds())
-    layer = discriminator[1]
-    assert isinstance(layer, BatchNorm)
-    assert torch.equal(layer.running_mean, torch.zeros(4))
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_kept_statistics_stay(arm: str) -> None:
+    discriminator = _discriminator(arm)
+    before = {name: value.clone() for name, value in discriminator.state_dict().items() if "running" in name}
+    keep_statistics(discriminator)
+    answers(arm, discriminator, *_kinds())
+    assert before
+    assert all(torch.equal(discriminator.state_dict()[name], value) for name, value in before.items())
 
 
 def test_a_run_measures_every_arm() -> None:
