@@ -301,6 +301,33 @@ def test_an_interval_is_students_and_differences_are_paired_by_seed() -> None:
         results.mean("x")
 
 
+def test_a_figure_of_several_trials_is_made_seed_by_seed_where_none_is_missing() -> None:
+    values = {(1, 0): 1.0, (2, 0): 2.0, (1, 1): 11.0, (2, 1): 12.0, (2, 2): 22.0}
+    results = Results(
+        Trial({"arm": arm}, seed, {"x": values[arm, seed]} if (arm, seed) in values else {}, 0.0)
+        for seed in range(3)
+        for arm in (1, 2)
+    )
+    found = results.mean_over_seeds(lambda one: one.value("x", arm=2) - one.value("x", arm=1))
+    assert found == Estimate(1.0, (1.0, 1.0))
+    assert results.mean_over_seeds(lambda one: one.value("x", arm=3)) is None
+    averaged = results.averaged("x")
+    assert averaged is not None
+    assert averaged.mean == pytest.approx((1.5 + 11.5 + 22) / 3)
+    assert (results.largest("none", "x"), results.largest("none")) == (22, None)
+    named = results.several_series("arm", {"x": "figure", "none": "nothing"})
+    assert [(each.name, each.x, each.y) for each in named] == [
+        ("figure", (1.0, 2.0), (6.0, 12.0)),
+        ("nothing", (1.0, 2.0), (None, None)),
+    ]
+
+
+def test_what_intervals_are_over_is_said_once() -> None:
+    for format_ in ("terminal", "markdown", "html"):
+        assert render(rolled(), format_).count("means over 3 seeds") == 1
+        assert render(rolled(seeds=1), format_).count("of one seed, without intervals") == 1
+
+
 @pytest.mark.parametrize("name", lab.EXPERIMENTS.names())
 def test_of_no_figures_nothing_is_concluded(name: str) -> None:
     """As where every training diverged."""
