@@ -126,6 +126,7 @@ class DriftingStreams(Experiment):
         yield from _claims_of_rules(results)
         yield from _claims_of_bound(results)
         yield from _claims_of_formulas(results)
+        yield from _claims_of_correlation(results)
 
     def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
         """Random walks, the step, the bound, and the rules."""
@@ -287,26 +288,28 @@ def _claims_of_formulas(results: Results) -> Iterator[Claim]:
             results.averaged(f"error of the {name} over the formula"),
             0.05,
         )
-    for claim, what, figure in (
-        (
-            "The mean of a batch of correlated values is worth that of B_eff independent ones.",
-            "Effective batch size",
-            "effective batch size",
-        ),
-        (
-            "The running variance of correlated values is too small by the factor (1 - 1 / B_eff) B / (B - 1).",
-            "Running variance",
-            "running variance",
-        ),
-        (
-            "The squared error of the running mean of correlated values is that of B_eff independent ones, and more by"
-            " the covariance of batches where one goes on where the last one ended.",
-            "Error",
-            "error of the running mean",
-        ),
-    ):
-        found = results.averaged(f"{figure} over the formula")
-        yield near(claim, f"{what} over the formula's, mean over correlations", found, 0.05)
+
+
+def _claims_of_correlation(results: Results) -> Iterator[Claim]:
+    yield near(
+        "The mean of a batch of correlated values is worth that of B_eff independent ones.",
+        "Effective batch size over the formula's, mean over correlations",
+        results.averaged("effective batch size over the formula"),
+        0.05,
+    )
+    yield near(
+        "The running variance of correlated values is too small by the factor (1 - 1 / B_eff) B / (B - 1).",
+        "Running variance over the formula's, mean over correlations",
+        results.averaged("running variance over the formula"),
+        0.05,
+    )
+    yield near(
+        "The squared error of the running mean of correlated values is that of B_eff independent ones, and more by the"
+        " covariance of batches where one goes on where the last one ended.",
+        "Error over the formula's, mean over correlations",
+        results.averaged("error of the running mean over the formula"),
+        0.05,
+    )
 
 
 def _chart_of_walks(walk: Results) -> LabChart:
