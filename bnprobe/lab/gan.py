@@ -1,4 +1,4 @@
-"""``gan``: a discriminator sees real and generated images, which have different statistics, with one batch norm.
+"""``gan``: a discriminator with one batch norm sees real and generated images, which have different statistics.
 
 Real and generated images usually come in batches of one kind (Chintala et al. 2016, How to Train a GAN?, tip 4). Then
 each batch is normalized with the statistics of its kind, while the running statistics average over both: in training

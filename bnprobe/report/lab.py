@@ -23,7 +23,7 @@ def render(found: LabReport, options: RenderOptions) -> str:
     page = Page.of(options)
     parts = [
         page.heading(title(found)),
-        page.labelled(facts(found)),
+        page.labelled([("question", found.question), *facts(found)]),
         [line for claim in found.claims for line in _claim(SIGNS[claim.verdict], claim.text, claim.evidence, page)],
         page.paragraph(over_seeds(found)),
         *(_chart(chart, page) for chart in (found.charts if options.show_all else found.charts[:1])),
@@ -50,7 +50,7 @@ def render_markdown(found: LabReport, options: RenderOptions) -> str:
         *(f"## {prose(each.title)}\n\n{_rows(*cells(each))}{_said(each.legend)}" for each in found.charts),
         *(f"## {prose(each.title)}\n\n{_rows(each.columns, each.rows)}{_said(each.legend)}" for each in found.tables),
         "## How this was measured",
-        "\n".join(f"- {prose(label)}: {prose(value)}" for label, value in (*facts(found)[1:], *machine(found))),
+        "\n".join(f"- {prose(label)}: {prose(value)}" for label, value in (*facts(found), *machine(found))),
         "\n".join(f"- {prose(note)}" for note in found.notes),
         f"```sh\n{command(found)}\n```",
     ]
@@ -88,10 +88,9 @@ def sign(found: LabReport) -> str:
 
 
 def facts(found: LabReport) -> list[tuple[str, str]]:
-    """What was asked, and how much was run."""
+    """What the experiment follows, and how much was run."""
     work = f"{count(len(found.trials), 'trial')} with {count(found.seeds, 'seed')}, budget {number(found.budget)}"
     rows = [
-        ("question", found.question),
         ("after", "; ".join(found.sources) or "an open question"),
         ("data", found.data),
         ("work", f"{work}, {figures.duration(found.seconds)} of one core"),

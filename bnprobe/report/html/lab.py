@@ -113,7 +113,7 @@ def _value(value: float | tuple[float | None, ...] | None) -> Cell:
 
 
 def _how(found: LabReport, options: RenderOptions) -> Iterator[Block]:
-    yield Facts((*words.facts(found)[1:], *words.machine(found)))
+    yield Facts((*words.facts(found), *words.machine(found)))
     yield from reproduce(options.command)
 
 
