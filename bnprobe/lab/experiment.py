@@ -53,6 +53,13 @@ class Experiment(ABC):
     def trial(self, condition: Condition, seed: int, budget: Budget) -> Values:
         """Measure one condition; everything random was seeded with ``seed``, and torch has one thread."""
 
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What the figures answer to the question of the experiment, a sentence or two; empty: they give no answer.
+
+        A figure that is missing, as a `MissingFigureError` says, leaves the question without one.
+        """
+        return ""
+
     @abstractmethod
     def claims(self, results: Results, budget: Budget) -> Iterable[Claim]:
         """What the trials show or refute, the most important first."""
@@ -246,7 +253,7 @@ def _ends(found: Estimate | None) -> tuple[float, float]:
     return (-math.inf, math.inf) if low is None or high is None else (low, high)
 
 
-def above(text: str, what: str, found: Estimate | None, limit: float = 0.0) -> Claim:
+def above(text: str, what: str, found: Estimate | None, limit: float = 0.0, *, trained: bool = True) -> Claim:
     """A claim that holds if a figure is above a limit: shown or refuted where its interval does not hold the limit.
 
     Args:
@@ -254,17 +261,18 @@ def above(text: str, what: str, found: Estimate | None, limit: float = 0.0) -> C
         what: What the figure is, with its unit, to begin the sentence of evidence with.
         found: The figure; None: there is none.
         limit: See above.
+        trained: Whether it is about what networks learn, which less than budget 1 does not decide.
     """
     low, high = _ends(found)
     verdict: ClaimVerdict = "shown" if low > limit else "refuted" if high < limit else "open"
-    return Claim(text, verdict, _evidence(found, what, f"the claim needs more than {score(limit)}"))
+    return Claim(text, verdict, _evidence(found, what, f"the claim needs more than {score(limit)}"), trained)
 
 
-def below(text: str, what: str, found: Estimate | None, limit: float = 0.0) -> Claim:
+def below(text: str, what: str, found: Estimate | None, limit: float = 0.0, *, trained: bool = True) -> Claim:
     """A claim that holds if a figure is below a limit; as `above`."""
     low, high = _ends(found)
     verdict: ClaimVerdict = "shown" if high < limit else "refuted" if low > limit else "open"
-    return Claim(text, verdict, _evidence(found, what, f"the claim needs less than {score(limit)}"))
+    return Claim(text, verdict, _evidence(found, what, f"the claim needs less than {score(limit)}"), trained)
 
 
 def within(text: str, what: str, found: float | None, limit: float) -> Claim:
@@ -275,7 +283,9 @@ def within(text: str, what: str, found: float | None, limit: float) -> Claim:
     return Claim(text, verdict, f"{what}: {score(found)}, where at most {score(limit)} is allowed.")
 
 
-def near(text: str, what: str, found: Estimate | None, tolerance: float, expected: float = 1.0) -> Claim:
+def near(
+    text: str, what: str, found: Estimate | None, tolerance: float, expected: float = 1.0, *, trained: bool = False
+) -> Claim:
     """A claim that a figure is what a formula says: a test of equivalence.
 
     Shown where the whole interval lies within the tolerance of what is expected, refuted where all of it lies outside.
@@ -284,6 +294,7 @@ def near(text: str, what: str, found: Estimate | None, tolerance: float, expecte
         text, what, found: As of `above`.
         tolerance: Relative to what is expected.
         expected: By the formula; 1: the figure is over the formula's.
+        trained: As of `above`; what a formula gives is decided at any budget.
     """
     low, high = _ends(found)
     least, most = expected - tolerance * abs(expected), expected + tolerance * abs(expected)
@@ -293,7 +304,7 @@ def near(text: str, what: str, found: Estimate | None, tolerance: float, expecte
     elif high < least or low > most:
         verdict = "refuted"
     needed = f"the formula gives {score(expected)}, and {percent(tolerance)} are allowed"
-    return Claim(text, verdict, _evidence(found, what, needed))
+    return Claim(text, verdict, _evidence(found, what, needed), trained)
 
 
 def near_everywhere(text: str, what: str, found: Mapping[str, Estimate | None], tolerance: float) -> Claim:
@@ -310,11 +321,16 @@ def near_everywhere(text: str, what: str, found: Mapping[str, Estimate | None], 
     )
 
 
-def below_everywhere(text: str, what: str, found: Mapping[str, Estimate | None], limit: float) -> Claim:
+def below_everywhere(
+    text: str, what: str, found: Mapping[str, Estimate | None], limit: float, *, trained: bool = True
+) -> Claim:
     """A claim that each of several figures is below a limit: as `near_everywhere`, but `below`."""
     farthest = sorted(found, key=lambda where: _ends(found[where])[1], reverse=True)
     return _worst_of(
-        [below(text, f"{what} {where}, which of {len(found)} decides", found[where], limit) for where in farthest]
+        [
+            below(text, f"{what} {where}, which of {len(found)} decides", found[where], limit, trained=trained)
+            for where in farthest
+        ]
     )
 
 

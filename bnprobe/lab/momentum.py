@@ -205,6 +205,7 @@ def _claims_of_shifts(slowly: Results) -> Iterator[Claim]:
         " and domain",
         slowly.mean_over_seeds(_slope),
         0.1,
+        trained=True,
     )
     yield below(
         "A brightness that only validation has costs accuracy.",

@@ -9,8 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from bnprobe._version import __version__
 from bnprobe.analysis.description import environment
 from bnprobe.errors import UsageError
 from bnprobe.files import append, make_folder, only_run, write_whole
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values
+from bnprobe.lab.experiment import Budget, Condition, Experiment, MissingFigureError, Results, Values
 from bnprobe.lab.experiments import EXPERIMENTS, ExperimentRow
 from bnprobe.measure.restore import preserved_process, seed_everything
 from bnprobe.numbers import count
-from bnprobe.records import LabReport, Tool, Trial
+from bnprobe.records import Claim, LabReport, Tool, Trial
 from bnprobe.registry import load_code
 from bnprobe.report.rows import require
 
@@ -92,8 +92,7 @@ def run(
             kept.add(trial)
             show(len(planned) - len(left) + number, len(planned))
     trials = tuple(kept.trials[_key(*each)] for each in planned)
-    results = Results(trials)
-    return LabReport(
+    found = LabReport(
         tool=Tool("bnprobe", __version__),
         environment=environment(torch.device("cpu")),
         experiment=row.name,
@@ -104,12 +103,42 @@ def run(
         budget=budget,
         seeds=seeds,
         seconds=sum(trial.seconds for trial in trials),
-        claims=tuple(experiment.claims(results, settings)),
-        charts=tuple(experiment.charts(results, settings)),
-        tables=tuple(experiment.tables(results, settings)),
-        notes=(*_small(budget), *experiment.notes(results, settings)),
+        claims=(),
+        charts=(),
+        tables=(),
+        notes=(),
         trials=trials,
+        folder=data,
     )
+    return concluded(found)
+
+
+def concluded(found: LabReport) -> LabReport:
+    """The same trials, with what today's code makes of them: answer, claims, charts, tables and notes.
+
+    Raises:
+        UsageError: The experiment is not there any more, or the data that it was run with.
+    """
+    experiment, results = _loaded(EXPERIMENTS[found.experiment]), Results(found.trials)
+    budget = Budget(found.budget, found.seeds, found.folder)
+    answer = ""
+    with suppress(MissingFigureError):
+        answer = experiment.answer(results, budget)
+    return replace(
+        found,
+        answer=answer and f"A look at budget {found.budget:g}: {answer}" if found.budget < 1 else answer,
+        claims=tuple(_decided(claim, found.budget) for claim in experiment.claims(results, budget)),
+        charts=tuple(experiment.charts(results, budget)),
+        tables=tuple(experiment.tables(results, budget)),
+        notes=(*_small(found.budget), *experiment.notes(results, budget)),
+    )
+
+
+def _decided(claim: Claim, budget: float) -> Claim:
+    """A claim about trained networks stays open where they are trained for a part of their steps."""
+    if budget >= 1 or not claim.trained:
+        return claim
+    return replace(claim, verdict="open", evidence=f"{claim.evidence} Decided at budget 1.")
 
 
 def _checked(row: ExperimentRow, budget: Budget, jobs: int | None) -> Budget:
@@ -141,8 +170,9 @@ def _loaded(row: ExperimentRow) -> Experiment:
 def _small(budget: float) -> Iterator[str]:
     if budget < 1:
         yield (
-            f"The budget is {budget:g} of the default: with fewer steps and samples networks may have learned little,"
-            " and claims are of them as they are."
+            f"At budget {budget:g} networks are trained for fewer steps, and may have learned little: claims about"
+            " training are left open, and decided at budget 1. What is exact, or what a formula gives, is decided at"
+            " any budget."
         )
 
 

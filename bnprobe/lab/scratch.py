@@ -91,6 +91,7 @@ class Scratch(Experiment):
             "Held-out accuracy over that with torch's layer",
             ours.over("accuracy", torchs),
             0.01,
+            trained=True,
         )
         yield below(
             "At the same learning rate, batch norm needs less than half of the steps that the network without takes to"

@@ -107,6 +107,7 @@ class Single(Experiment):
             "Accuracy in train mode over that of instance norm",
             results.where(layer=BATCH_NORM).over(IN_TRAIN_MODE, results.where(layer=INSTANCE_NORM), "accuracy"),
             0.02,
+            trained=True,
         )
         yield below(
             "The gates learn that one image says less than the moving averages.",

@@ -209,6 +209,7 @@ def _claims_of_best(results: Results) -> Iterator[Claim]:
             "D over that at this momentum, mean over speeds",
             results.where(part=WALK).mean_over_seeds(partial(_over_best, multiple)),
             1.0,
+            trained=False,
         )
     yield near(
         "At this momentum D is that against exact statistics over 1 - m.",
@@ -233,11 +234,13 @@ def _claims_of_rules(results: Results) -> Iterator[Claim]:
             "D over that of the best fixed momentum in hindsight",
             {f'on "{kind}"': results.where(drift=kind).mean(f"D over the least, {rule}") for kind in kinds},
             1.05,
+            trained=False,
         )
     yield above(
         f"The rule by {TWO_LENGTHS} is nearer to the best than the usual momentum of {USUAL:g}.",
         f"D over the least, with {USUAL:g} less with the rule, mean over streams",
         results.averaged(GAIN),
+        trained=False,
     )
 
 
@@ -263,6 +266,7 @@ def _claims_of_bound(results: Results) -> Iterator[Claim]:
             "Largest error over the bound, mean over momenta",
             results.where(drift=kind).averaged(without),
             0.99,
+            trained=False,
         )
 
 

@@ -25,11 +25,14 @@ class Claim(Record):
         text: The claim, a sentence.
         verdict: Decided by an interval or a tolerance, never by a single run.
         evidence: The figures that decide it, a sentence.
+        trained: Whether it is about what networks learn, so that less than budget 1 does not decide it; otherwise it is
+            exact, or of a formula, a simulation or times.
     """
 
     text: str
     verdict: ClaimVerdict
     evidence: str
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class LabReport(Document):
         claims, charts, tables: What was found.
         notes: What the reader should know, a sentence each.
         trials: Every run.
+        answer: What the figures answer to the question; empty: nothing.
+        folder: What ``--data`` named; None: nothing.
     """
 
     tool: Tool
@@ -135,4 +140,6 @@ class LabReport(Document):
     tables: tuple[LabTable, ...]
     notes: tuple[str, ...]
     trials: tuple[Trial, ...]
+    answer: str = ""
+    folder: str | None = None
     schema_version: int = SCHEMA_VERSION

@@ -25,6 +25,7 @@ from bnprobe.lab.experiment import (
     Experiment,
     Results,
     above,
+    average,
     below,
     below_everywhere,
     formula,
@@ -33,7 +34,7 @@ from bnprobe.lab.experiment import (
     near_everywhere,
     within,
 )
-from bnprobe.lab.run import TRIALS
+from bnprobe.lab.run import TRIALS, concluded
 from bnprobe.records import Claim, Estimate, LabChart, LabReport, Trial
 from bnprobe.registry import load_code
 from bnprobe.report import render
@@ -63,8 +64,14 @@ class Dice(Experiment):
         Dice.ran.append((seed, condition["sides"]))
         return {"mean": torch.randint(condition["sides"], (budget.of(100),)).float().mean().item(), "none": math.nan}
 
+    def answer(self, results: Results, budget: Budget) -> str:
+        return "Means are not 0." if average(results.values("mean")) else "Means are 0."
+
     def claims(self, results: Results, budget: Budget) -> Iterable[Claim]:
-        yield above("Means are above 0.", "Mean", results.where(sides=6).mean("mean"))
+        six = results.where(sides=6)
+        yield above("Means are learned to be above 0.", "Mean", six.mean("mean"))
+        yield above("Means are above 0.", "Mean", six.mean("mean"), trained=False)
+        yield within("Means are below 6.", "Largest mean", six.largest("mean"), 6)
 
     def charts(self, results: Results, budget: Budget) -> Iterable[LabChart]:
         return ()
@@ -120,9 +127,23 @@ def test_more_seeds_use_the_trials_that_are_there(tmp_path: Path) -> None:
     assert [seed for seed, _ in Dice.ran] == [2, 2]
 
 
-def test_a_small_budget_is_said_to_be_one() -> None:
-    assert rolled().notes == ()
-    assert "budget is 0.5 of the default" in rolled(budget=0.5).notes[0]
+def test_a_small_budget_decides_what_is_exact_and_leaves_open_what_is_learned() -> None:
+    whole, part = rolled(), rolled(budget=0.5)
+    assert whole.notes == ()
+    assert "At budget 0.5 networks are trained for fewer steps" in part.notes[0]
+    assert [claim.verdict for claim in whole.claims] == ["shown", "shown", "shown"]
+    assert [claim.verdict for claim in part.claims] == ["open", "shown", "shown"]
+    assert part.claims[0].evidence.endswith("the claim needs more than 0. Decided at budget 1.")
+    assert "budget" not in part.claims[1].evidence
+    assert whole.answer == "Means are not 0."
+    assert part.answer == "A look at budget 0.5: Means are not 0."
+
+
+def test_what_is_made_of_trials_is_made_again_of_those_that_were_kept() -> None:
+    found = rolled()
+    assert concluded(replace(found, claims=(), answer="")) == found
+    nothing = concluded(replace(found, trials=()))
+    assert (nothing.answer, {claim.verdict for claim in nothing.claims}) == ("", {"open"})
 
 
 def test_fresh_begins_anew(tmp_path: Path) -> None:
