@@ -100,12 +100,12 @@ class Registry(Generic[Row]):
         """The row of a name.
 
         Raises:
-            BnprobeError: There is none; the message lists the names and says which one is nearest.
+            BnprobeError: There is none; the message lists the names and says which one is spelled alike.
         """
         rows = self._all()
         if name in rows:
             return rows[name]
-        near = nearest(name, rows, cutoff=0.0)
+        near = nearest(name, rows)
         hint = f"; did you mean {near}?" if near else ""
         raise self._error(f'There is no {self.noun} named "{name}" (known: {", ".join(rows)}){hint}')
 

@@ -76,6 +76,7 @@ def lab(
         print_report(None, lambda document, options: _listing(EXPERIMENTS, options))
         return
     folder = output_dir or Path("bnprobe-lab") / EXPERIMENTS[name].name
+    from bnprobe.errors import NothingToProbeError
     from bnprobe.files import require_folder
     from bnprobe.records import LabReport
     from bnprobe.report import RenderOptions, renderer
@@ -85,7 +86,13 @@ def lab(
     with progress_bar(noun="trials") as show:
         with importing():
             from bnprobe.lab.run import run
-        found = run(name, folder, budget=budget, seeds=seeds, data=data, jobs=jobs, fresh=fresh, progress=show)
+        try:
+            found = run(name, folder, budget=budget, seeds=seeds, data=data, jobs=jobs, fresh=fresh, progress=show)
+        except KeyboardInterrupt:
+            again = " without --fresh" if fresh else ""
+            raise NothingToProbeError(
+                f"Interrupted. What was measured is kept in {folder}: the same command{again} goes on."
+            ) from None
     written = _write(found, folder, typed_command())
     print_report(found, renderer(options.TERMINAL, LabReport), RenderOptions(show_all=show_all))
     say(f"Written to {folder}: {', '.join(written)}.")

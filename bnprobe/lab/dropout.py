@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, near_everywhere, within
+from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, near_everywhere, within
 from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
 from bnprobe.lab.networks import batch_norms, conv_net, held_out_accuracy, input_of, take_population, train
 from bnprobe.records import Claim, LabChart
@@ -118,7 +118,7 @@ class Dropout(Experiment):
             before.series(RECALIBRATED, "rate", f"{BEFORE}, statistics taken anew"),
             after.series("accuracy", "rate", AFTER),
         )
-        yield LabChart("accuracy", "Held-out accuracy", "rate of dropout", "accuracy", accuracies)
+        yield LabChart("accuracy", "Held-out accuracy", "rate of dropout", "accuracy", accuracies, bounds=SHARE)
 
 
 def _gain(of_seed: Results, place: str) -> float:

@@ -6,15 +6,27 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bnprobe.numbers import percent, score
 from bnprobe.records import Claim, ClaimVerdict, Estimate, LabChart, LabSeries, LabTable, Setting, Trial
+from bnprobe.records.lab import FEWEST_SEEDS
 from bnprobe.report.figures import estimate
 from bnprobe.stats.intervals import half_width
 
 Condition = Mapping[str, Setting]
 """What is different from trial to trial: plain values by name."""
+
+Bounds = tuple[float | None, float | None]
+"""The least and the most that a figure can be by what it is; None: there is no such bound."""
+
+SHARE: Bounds = (0.0, 1.0)
+"""The bounds of an accuracy and the like."""
+
+NOT_NEGATIVE: Bounds = (0.0, None)
+
+_ROUNDING = 1e-12
+"""Relative half width of an interval below which figures are all the same."""
 
 Values = Mapping[str, float | Sequence[float | None] | None]
 """What a trial measured, by name; what is not finite is kept as None."""
@@ -216,12 +228,15 @@ def average(values: Sequence[float]) -> float:
 
 
 def mean_of(values: Sequence[float]) -> Estimate | None:
-    """The mean with its 95% t interval; None: there are no values."""
+    """The mean with its 95% t interval, which fewer than three values do not have; None: there are no values."""
     if not values:
         return None
     mean = average(values)
     half = half_width(len(values), 0.0, math.fsum((value - mean) ** 2 for value in values))  # centred: no cancellation
-    return Estimate(mean, None if half is None else (mean - half, mean + half))
+    if half is None or len(values) < FEWEST_SEEDS:
+        return Estimate(mean, None)
+    half = half if half > _ROUNDING * abs(mean) else 0.0
+    return Estimate(mean, (mean - half, mean + half))
 
 
 def series(name: str, x: Sequence[float | str], y: Sequence[Estimate | None]) -> LabSeries:
@@ -236,9 +251,30 @@ def series(name: str, x: Sequence[float | str], y: Sequence[Estimate | None]) ->
     )
 
 
-def cell(found: Estimate | None) -> str:
-    """A figure in a table; empty: no trial has it."""
-    return "" if found is None else estimate(found)
+def cell(found: Estimate | None, bounds: Bounds = (None, None)) -> str:
+    """A figure in a table, which is within bounds by what it is; empty: no trial has it."""
+    if found is None:
+        return ""
+    low, high = found.interval or (None, None)
+    ends = None if low is None or high is None else (_cut(low, bounds), _cut(high, bounds))
+    return estimate(Estimate(found.mean, ends))
+
+
+def bounded(chart: LabChart) -> LabChart:
+    """The chart with intervals that end at the bounds of its figures; on a logarithmic axis none is negative."""
+    least, most = chart.bounds
+    bounds = (0.0 if chart.y_scale == "log" and least is None else least, most)
+
+    def cut(ends: Sequence[float | None]) -> tuple[float | None, ...]:
+        return tuple(None if each is None else _cut(each, bounds) for each in ends)
+
+    return replace(chart, series=tuple(replace(one, low=cut(one.low), high=cut(one.high)) for one in chart.series))
+
+
+def _cut(end: float, bounds: Bounds) -> float:
+    least, most = bounds
+    end = end if least is None else max(end, least)
+    return end if most is None else min(end, most)
 
 
 def formula(name: str, x: Sequence[float], y: Callable[[float], float]) -> LabSeries:

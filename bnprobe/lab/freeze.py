@@ -25,7 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, formula, series, within
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    formula,
+    series,
+    within,
+)
 from bnprobe.lab.layers import PerWorkerBatchNorm
 from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, keep_statistics, train
 from bnprobe.lab.workers import Work, train_together
@@ -140,7 +152,7 @@ class Freeze(Experiment):
             f"Statistics of so many images of a batch of {BATCH}, frozen after that part of the training;"
             f" {BATCH} is what synchronized statistics come to.",
         )
-        yield LabChart("accuracy", "Held-out accuracy", "frozen after", "accuracy", accuracy, legend)
+        yield LabChart("accuracy", "Held-out accuracy", "frozen after", "accuracy", accuracy, legend, bounds=SHARE)
         yield _chart_of_change([_arm(results, workers, NEVER).mean(CHANGE) for workers in WORKERS])
         yield LabChart("loss", "Held-out loss", "frozen after", "cross-entropy", loss, legend, y_scale="log")
 

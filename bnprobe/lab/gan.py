@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below
+from bnprobe.lab.experiment import NOT_NEGATIVE, SHARE, Budget, Condition, Experiment, Results, Values, above, below
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, mismatch, opening, set_limits
 from bnprobe.lab.networks import Call, Norm, calls_in_training, conv_net, input_of, keep_statistics, train
 from bnprobe.nn import DomainBatchNorm2d, domain
@@ -132,6 +132,7 @@ class Gan(Experiment):
                 f"Held-out real images, and batches of {BATCH} of each kind in both modes.",
                 "Statistics for each kind know which kind a batch is of, in both modes.",
             ),
+            bounds=SHARE,
         )
         measured = {f"D of {kind} images": f"{kind} images" for kind in KINDS}
         measured["D of sampling"] = "against the mean of the batches of a kind"
@@ -143,6 +144,7 @@ class Gan(Experiment):
             "D, mean over layers",
             (*results.several_series("discriminator", measured), replace(by_formula, theory=True)),
             ("A mixed batch is one call with both kinds. Batch Renorm corrects in training what its D shows.",),
+            bounds=NOT_NEGATIVE,
         )
         distances = {
             "Frechet distance": "generated in eval mode",

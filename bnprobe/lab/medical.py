@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above
+from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, GroupNorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, batch_norms, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart
@@ -116,6 +116,7 @@ class Medical(Experiment):
             tuple(results.series("Dice", "batch", norm, norm=norm) for norm in NORMS),
             (f"All trainings see {budget.of(SEEN, 80):,} volumes.",),
             x_scale="log",
+            bounds=SHARE,
         )
         names = {
             "Dice": "running averages",
@@ -130,6 +131,7 @@ class Medical(Experiment):
             results.where(norm=BATCH_NORM).several_series("batch", names),
             ("Statistics of the batch: train mode, with batches of the size that was trained with.",),
             x_scale="log",
+            bounds=SHARE,
         )
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, Images, load
 from bnprobe.lab.experiment import (
+    SHARE,
     Budget,
     Condition,
     Experiment,
@@ -121,6 +122,7 @@ class Momentum(Experiment):
             ),
             (f"Each momentum is followed for {CONSTANTS} time constants.",),
             x_scale="log",
+            bounds=SHARE,
         )
         constants = [round(time_constant(momentum), 2) for momentum in MOMENTA]
         figures = {shift: f"batches, {shift}" for shift in (BRIGHTNESS, DOMAIN)}
@@ -145,7 +147,9 @@ class Momentum(Experiment):
             for name, each in by_momentum.items()
         )
         title = "Accuracy in eval mode as trained"
-        yield LabChart("shifts", title, "shift at validation", "share of right answers", tuple(as_trained))
+        yield LabChart(
+            "shifts", title, "shift at validation", "share of right answers", tuple(as_trained), bounds=SHARE
+        )
         yield LabChart(
             "lag",
             "How far running means are from those of the population, in training",
@@ -165,7 +169,7 @@ class Momentum(Experiment):
             "Accuracy in eval mode, before and while shifted batches pass in train mode",
             ("shift", *(f"m = {momentum:g}" for momentum in MOMENTA)),
             tuple(
-                (f"{shift}, {when}", *(cell(slowly.where(momentum=each).mean(name(shift))) for each in MOMENTA))
+                (f"{shift}, {when}", *(cell(slowly.where(momentum=each).mean(name(shift)), SHARE) for each in MOMENTA))
                 for shift in SHIFTS
                 for when, name in scores
             ),

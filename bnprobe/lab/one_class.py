@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, series, within
+from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, below, series, within
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart
@@ -182,6 +182,7 @@ class OneClass(Experiment):
             "share of strangers",
             one.several_series("layer", {name: name for name in ("taken for itself", "taken for its company")}),
             ("The linear probe on all positions, which learned from batches of one class.",),
+            bounds=SHARE,
         )
         depths = [_name(depth, POSITIONS, "linear") for depth in (1, 2, 3)]
         yield LabChart(
@@ -200,6 +201,7 @@ class OneClass(Experiment):
             "layer",
             "share of right answers",
             one.several_series("layer", {f"accuracy, {target}": target for target in TARGETS}),
+            bounds=SHARE,
         )
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
 from bnprobe.lab.experiment import (
+    SHARE,
     Budget,
     Condition,
     Experiment,
@@ -147,6 +148,7 @@ class Rates(Experiment):
             tuple(sweep.series("accuracy", "rate", name, normalization=name) for name in ARMS),
             (f"SGD with momentum 0.9, batches of {BATCH}, {_steps(budget):,} steps.",),
             x_scale="log",
+            bounds=SHARE,
         )
         other_eps = scale.along("change by another eps", FACTORS, "eps over the factor squared instead")
         yield LabChart(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, series
+from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, series
 from bnprobe.lab.layers import (
     SCHEDULE,
     BatchNorm,
@@ -187,6 +187,7 @@ class Renorm(Experiment):
                 tuple(accuracies),
                 (legend,),
                 x_scale="log",
+                bounds=SHARE,
             )
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:

@@ -21,7 +21,7 @@ from bnprobe._version import __version__
 from bnprobe.analysis.description import environment
 from bnprobe.errors import UsageError
 from bnprobe.files import append, make_folder, only_run, write_whole
-from bnprobe.lab.experiment import Budget, Condition, Experiment, MissingFigureError, Results, Values
+from bnprobe.lab.experiment import Budget, Condition, Experiment, MissingFigureError, Results, Values, bounded
 from bnprobe.lab.experiments import EXPERIMENTS, ExperimentRow
 from bnprobe.measure.restore import preserved_process, seed_everything
 from bnprobe.numbers import count
@@ -75,7 +75,7 @@ def run(
 
     Example:
         >>> from bnprobe import lab
-        >>> report = lab.run("small-batch", budget=0.02, seeds=2, jobs=1)
+        >>> report = lab.run("small-batch", budget=0.02, seeds=3, jobs=1)
         >>> report.claims[0].verdict
         'shown'
     """
@@ -128,7 +128,7 @@ def concluded(found: LabReport) -> LabReport:
         found,
         answer=answer and f"A look at budget {found.budget:g}: {answer}" if found.budget < 1 else answer,
         claims=tuple(_decided(claim, found.budget) for claim in experiment.claims(results, budget)),
-        charts=tuple(experiment.charts(results, budget)),
+        charts=tuple(map(bounded, experiment.charts(results, budget))),
         tables=tuple(experiment.tables(results, budget)),
         notes=(*_small(found.budget), *experiment.notes(results, budget)),
     )

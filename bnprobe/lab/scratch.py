@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, mean_of, near, within
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    mean_of,
+    near,
+    within,
+)
 from bnprobe.lab.layers import BatchNormByHand
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, no_norm, train
 from bnprobe.numbers import score
@@ -127,7 +139,7 @@ class Scratch(Experiment):
         )
         pair = {"batch norm": ours, NONE: none}
         accuracies = tuple(arm.along("accuracies", epochs, name) for name, arm in pair.items())
-        yield LabChart("accuracy", "Held-out accuracy", "epochs", "share of right answers", accuracies)
+        yield LabChart("accuracy", "Held-out accuracy", "epochs", "share of right answers", accuracies, bounds=SHARE)
         yield LabChart(
             "gradients",
             "Length of the gradient",

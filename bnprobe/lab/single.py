@@ -17,7 +17,19 @@ import torch
 from torch import nn
 
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, near, series
+from bnprobe.lab.experiment import (
+    NOT_NEGATIVE,
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    near,
+    series,
+)
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import accuracy, conv_net, held_out_accuracy, train
 from bnprobe.nn import GatedBatchNorm2d
@@ -130,6 +142,7 @@ class Single(Experiment):
                 for name, figure in kept.items()
             ),
             ("The default build is batch norm with batches of 32 at inference; the criterion is 0.85 of it.",),
+            bounds=NOT_NEGATIVE,
         )
         seen = _seen(budget)
         yield LabChart(
@@ -141,6 +154,7 @@ class Single(Experiment):
                 series(name, seen, [found.mean(_after("accuracy", each)) for each in seen])
                 for name, found in by_layer.items()
             ),
+            bounds=SHARE,
         )
         gates = {f"layer {number}": f"gate of layer {number}" for number in (1, 2, 3)}
         yield LabChart(
@@ -153,6 +167,7 @@ class Single(Experiment):
                 for name, gate in gates.items()
             ),
             ("All gates start at 0.5. The loss that they learn from is that in train mode.",),
+            bounds=SHARE,
         )
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:

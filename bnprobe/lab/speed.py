@@ -33,7 +33,7 @@ from bnprobe.commands.exporters import exporter_of, is_installed, quantized, sha
 from bnprobe.config.exporters import EXPORTERS
 from bnprobe.errors import RepairError
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, within
+from bnprobe.lab.experiment import NOT_NEGATIVE, Budget, Condition, Experiment, Results, Values, above, below, within
 from bnprobe.lab.networks import train
 from bnprobe.numbers import percent
 from bnprobe.records import Claim, LabChart
@@ -140,7 +140,8 @@ class Speed(Experiment):
         ):
             variants = {f"{figure}, {variant}": variant for variant in (PLAIN, FOLDED, INT8)}
             times = results.several_series("format", variants)
-            yield LabChart(name, title, "format", "milliseconds", times, (f"The target is {TARGET:g} ms.",))
+            legend = (f"The target is {TARGET:g} ms.",)
+            yield LabChart(name, title, "format", "milliseconds", times, legend, bounds=NOT_NEGATIVE)
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:
         """Where times were taken, and what was not measured."""

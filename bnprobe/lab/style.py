@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above
+from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above
 from bnprobe.lab.layers import BatchNorm
 from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
 from bnprobe.nn import InstanceRenorm2d
@@ -109,6 +109,7 @@ class Style(Experiment):
                 "held-out accuracy",
                 results.where(**{"trained on": trained}).several_series("norm", widths),
                 ("Width: standard deviation of log gain and of the offset, and twice that of log contrast.",),
+                bounds=SHARE,
             )
 
 

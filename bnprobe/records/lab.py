@@ -17,6 +17,10 @@ Setting = str | int | float | bool
 Scale = Literal["linear", "log"]
 
 
+FEWEST_SEEDS = 3
+"""Of fewer figures no interval is given: two that happen to be alike would give one of no width, and decide claims."""
+
+
 @dataclass(frozen=True)
 class Claim(Record):
     """A claim about what was measured, and what the figures say of it.
@@ -64,6 +68,7 @@ class LabChart(Record):
         title: What it shows.
         x, y: What the axes show, with units.
         x_scale, y_scale: Of the axes.
+        bounds: Between which the figures are by what they are, e.g. 0 and 1 of an accuracy; None: there is no bound.
         series: What is drawn.
         legend: How to read it, a sentence each.
     """
@@ -74,6 +79,7 @@ class LabChart(Record):
     y: str
     x_scale: Scale = field(default="linear", kw_only=True)
     y_scale: Scale = field(default="linear", kw_only=True)
+    bounds: tuple[float | None, float | None] = field(default=(None, None), kw_only=True)
     series: tuple[LabSeries, ...]
     legend: tuple[str, ...] = ()
 

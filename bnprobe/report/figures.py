@@ -146,7 +146,17 @@ def listed_in_line(names: Sequence[str], show_all: bool) -> str:
 
 
 def estimate(value: Estimate, with_sign: bool = False) -> str:
-    """A mean and half its 95% interval, e.g. "0.971 ± 0.004"; without an interval the mean alone."""
+    """A mean and half its 95% interval, e.g. "0.971 ± 0.004"; without an interval the mean alone.
+
+    An interval that ends at a bound of the figure, so that the mean is not in its middle, is written with its ends:
+    "0.97 (0.93 to 1)".
+    """
+    low, high = value.interval or (None, None)
+    if low is not None and high is not None and abs(low + high - 2 * value.mean) > 1e-6 * (high - low):
+        mean, _ = _parts(value, with_sign)
+        decimals = _decimals((high - low) / 2)
+        ends = (score(each if decimals is None else round(each, decimals)) for each in (low, high))
+        return f"{mean} ({' to '.join(ends)})"
     return " ".join(part for part in _parts(value, with_sign) if part)
 
 

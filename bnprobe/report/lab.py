@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.text import Text
 
-from bnprobe.numbers import count, joined, number
-from bnprobe.records import ClaimVerdict, Estimate, LabChart, LabReport, LabSeries, LabTable
+from bnprobe.numbers import count, number
+from bnprobe.records import Claim, ClaimVerdict, Estimate, LabChart, LabReport, LabSeries, LabTable
+from bnprobe.records.lab import FEWEST_SEEDS
 from bnprobe.report import figures, markdown
 from bnprobe.report.page import FINE, FLAGGED, UNDECIDED, UNMEASURED, Page, RenderOptions, to_string
 from bnprobe.report.table import Column, Names, TableLayout, table
@@ -17,17 +20,36 @@ SIGNS: dict[ClaimVerdict, str] = {"shown": FINE, "refuted": FLAGGED, "open": UND
 
 _OPEN = "left open"
 
+SYMBOLS: Mapping[str, str] = {
+    "D": "mismatch of batch and running statistics: how far what a layer gives with one is from what it gives with the"
+    " other, squared; the mean over batches and channels of d^2 + (r - 1)^2",
+    "r": "standard deviation of the batch over the running one",
+    "d": "mean of the batch less the running mean, over the running standard deviation",
+    "n_eq": "how many independent normal values a batch is worth: with so many, D would be as it is",
+    "e_n": "mean of r over batches of n independent normal values; their D is 2 (1 - e_n)",
+    "B": "samples in a batch",
+    "B_eff": "how many independent values the mean of B correlated ones is worth",
+    "m": "momentum: the weight of the newest batch in running statistics",
+    "q": "variance of a step of a random walk over that of the noise of a batch",
+}
+"""What letters stand for, in claims, charts and tables."""
+
+DERIVED = "docs/explanation/equations.md"
+"""Where the equations are."""
+
 
 def render(found: LabReport, options: RenderOptions) -> str:
     """The results as text in lines of at most ``options.width`` cells."""
     page = Page.of(options)
+    about = [("question", found.question), ("answer", found.answer), *facts(found)]
     parts = [
         page.heading(title(found)),
-        page.labelled([("question", found.question), *facts(found)]),
-        [line for claim in found.claims for line in _claim(SIGNS[claim.verdict], claim.text, claim.evidence, page)],
+        page.labelled([(label, value) for label, value in about if value]),
+        [line for claim in found.claims for line in _claim(claim, page)],
         page.paragraph(over_seeds(found)),
         *(_chart(chart, page) for chart in (found.charts if options.show_all else found.charts[:1])),
         *(_table(each, page) for each in found.tables if options.show_all),
+        _symbols(found, page),
         page.section("Notes", found.notes),
         page.verdict(sign(found), f"{one_line(found)}."),
     ]
@@ -38,17 +60,20 @@ def render_markdown(found: LabReport, options: RenderOptions) -> str:
     """The page of results that is kept with the code: claims, every figure, and how they were made."""
     prose = markdown.prose
     claims = [
-        f"- **{_in_words(claim.verdict).capitalize()}.** {prose(claim.text)} {prose(claim.evidence)}"
+        f"- **{in_words(claim.verdict).capitalize()}.** {prose(claim.text)} {prose(claim.evidence)}"
         for claim in found.claims
     ]
+    letters = [f"- {prose(symbol)}: {prose(meaning)}" for symbol, meaning in symbols(found)]
     parts = [
         f"# {prose(found.title)}",
         prose(found.question),
+        found.answer and f"**{prose(found.answer)}**",
         f"{prose(one_line(found))}. {prose(over_seeds(found))}",
         "\n".join(claims),
         f"![{prose(found.charts[0].title)}]({found.experiment}.svg)" if found.charts else "",
-        *(f"## {prose(each.title)}\n\n{_rows(*cells(each))}{_said(each.legend)}" for each in found.charts),
+        *(f"## {prose(headline(each))}\n\n{_rows(*cells(each))}{_said(each.legend)}" for each in found.charts),
         *(f"## {prose(each.title)}\n\n{_rows(each.columns, each.rows)}{_said(each.legend)}" for each in found.tables),
+        *(["## Symbols", "\n".join(letters)] if letters else []),
         "## How this was measured",
         "\n".join(f"- {prose(label)}: {prose(value)}" for label, value in (*facts(found), *machine(found))),
         "\n".join(f"- {prose(note)}" for note in found.notes),
@@ -58,9 +83,10 @@ def render_markdown(found: LabReport, options: RenderOptions) -> str:
 
 
 def command(found: LabReport) -> str:
-    """The command that runs the experiment again; the user's own data is not named."""
+    """The command that gives the same figures."""
     options = [f"--budget {found.budget:g}"] if found.budget != 1 else []
-    return " ".join(["bnprobe lab", found.experiment, *options, f"--seeds {found.seeds}"])
+    data = [f"--data {shlex.quote(found.folder)}"] if found.folder is not None else []
+    return " ".join(["bnprobe lab", found.experiment, *data, *options, f"--seeds {found.seeds}"])
 
 
 def title(found: LabReport) -> str:
@@ -71,15 +97,51 @@ def title(found: LabReport) -> str:
 def one_line(found: LabReport) -> str:
     """The result in one line, e.g. "5 of 7 claims shown, 1 refuted, 1 left open"."""
     verdicts = [claim.verdict for claim in found.claims]
-    rest = [f"{verdicts.count(each)} {_in_words(each)}" for each in SIGNS if each != "shown" and each in verdicts]
+    rest = [f"{verdicts.count(each)} {in_words(each)}" for each in SIGNS if each != "shown" and each in verdicts]
     return ", ".join([f"{verdicts.count('shown')} of {count(len(verdicts), 'claim')} shown", *rest])
 
 
 def over_seeds(found: LabReport) -> str:
-    """What ± stands for, a sentence."""
-    if found.seeds == 1:
-        return "Figures are of one seed, without intervals: claims that need one are left open."
-    return f"Figures with ± are means over {found.seeds} seeds, and half of their 95% intervals (Student's t)."
+    """What ± stands for, in sentences."""
+    if found.seeds < FEWEST_SEEDS:
+        what = "of one seed" if found.seeds == 1 else f"means over {found.seeds} seeds"
+        return f"Figures are {what}, without intervals, which need {FEWEST_SEEDS}: claims that need one are left open."
+    said = [
+        f"Figures with ± are means over {found.seeds} seeds, and half of their 95% intervals (Student's t), which fewer"
+        f" than {FEWEST_SEEDS} figures do not have."
+    ]
+    texts = [*_texts(found), *(each for chart in found.charts for row in cells(chart)[1] for each in row)]
+    if any(_ALIKE.search(text) for text in texts):
+        said.append("± 0: all seeds gave the same; of N images, an accuracy shows no difference below 1/N.")
+    return " ".join(said)
+
+
+_ALIKE = re.compile(r"± 0(?![.\d])")
+
+
+def symbols(found: LabReport) -> list[tuple[str, str]]:
+    """The letters that the results use, and what they stand for; last, where their formulas are from."""
+    texts = [found.question, found.answer, *found.notes, *_texts(found)]
+    used: set[str] = set()
+    while new := {each for each in SYMBOLS if each not in used and any(_uses(text, each) for text in texts)}:
+        used |= new
+        texts = [SYMBOLS[each] for each in new]
+    meanings = [(symbol, meaning) for symbol, meaning in SYMBOLS.items() if symbol in used]
+    return [*meanings, *([("derived in", DERIVED)] if "D" in used else [])]
+
+
+def _uses(text: str, symbol: str) -> bool:
+    return re.search(rf"(?<![\w-]){symbol}(?![\w'-])", text) is not None
+
+
+def _texts(found: LabReport) -> Iterator[str]:
+    """What is written of claims, charts and tables, but for the figures of charts."""
+    for claim in found.claims:
+        yield from (claim.text, claim.evidence)
+    for chart in found.charts:
+        yield from (chart.title, chart.x, chart.y, *chart.legend, *(series.name for series in chart.series))
+    for table_ in found.tables:
+        yield from (table_.title, *table_.columns, *table_.legend, *(each for row in table_.rows for each in row))
 
 
 def sign(found: LabReport) -> str:
@@ -102,6 +164,11 @@ def machine(found: LabReport) -> list[tuple[str, str]]:
     """Where it ran."""
     where = found.environment
     return [("software", f"bnprobe {found.tool.version}, torch {where.torch}, Python {where.python}, {where.platform}")]
+
+
+def headline(chart: LabChart) -> str:
+    """What a table of its figures is of, with their unit."""
+    return chart.title if chart.y.lower() in chart.title.lower() else f"{chart.title} ({chart.y})"
 
 
 def cells(chart: LabChart) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
@@ -133,21 +200,27 @@ def _place(at: float | str) -> str:
     return at if isinstance(at, str) else f"{at:g}"
 
 
-def _in_words(verdict: ClaimVerdict) -> str:
+def in_words(verdict: ClaimVerdict) -> str:
+    """E.g. "left open"."""
     return _OPEN if verdict == "open" else verdict
 
 
-def _claim(mark: str, text: str, evidence: str, page: Page) -> Iterator[Text]:
-    lines = page.verdict(mark, text)
+def _claim(claim: Claim, page: Page) -> Iterator[Text]:
+    lines = page.verdict(SIGNS[claim.verdict], f"{in_words(claim.verdict).capitalize()}: {claim.text}")
     for line in lines:
         line.style = ""
     yield from lines
-    yield from page.paragraphs([evidence], style="dim")
+    yield from page.paragraphs([claim.evidence], style="dim")
+
+
+def _symbols(found: LabReport, page: Page) -> list[Text]:
+    letters = page.labelled(symbols(found))
+    return [*page.heading("Symbols"), *letters] if letters else []
 
 
 def _chart(chart: LabChart, page: Page) -> list[Text]:
     columns, rows = cells(chart)
-    return _figures(f"{chart.title} ({chart.y})", columns, rows, chart.legend, page)
+    return _figures(headline(chart), columns, rows, chart.legend, page)
 
 
 def _table(found: LabTable, page: Page) -> list[Text]:
@@ -157,22 +230,31 @@ def _table(found: LabTable, page: Page) -> list[Text]:
 def _figures(
     heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], legend: Sequence[str], page: Page
 ) -> list[Text]:
-    """A table; columns that do not fit the page are left out from the right, and said to be."""
+    """A table; columns that do not fit the page go on in further ones below, with the same rows."""
     names = Names([row[0] for row in rows], heading=columns[0])
-    made = [
-        Column(_broken(heading), [row[place] for row in rows], "point")
-        for place, heading in enumerate(columns[1:], start=1)
-    ]
-    layouts = [TableLayout(made[:most]) for most in range(len(made), 0, -1)]
-    shown = next((each for each in layouts if _fits(each, names, page)), layouts[-1])
-    left = [column.heading.replace("\n", " ") for column in made[len(shown.columns) :]]
-    said = [*legend, f"Not shown: {joined(left)}; --all and a wider terminal, or the page." if left else ""]
-    return [*page.heading(heading), *table(names, [shown], page), *page.paragraphs(said, first="")]
+    parts: list[list[int]] = []
+    for place in range(1, len(columns)):
+        tried = [*(parts[-1] if parts else []), place]
+        if parts and _width(names, [_column(each, columns, rows) for each in tried], page) <= page.width:
+            parts[-1] = tried
+        else:
+            parts.append([place])
+    lines = page.heading(heading)
+    for places in parts:
+        own = [row for row in rows if len(parts) == 1 or any(row[place] for place in places)]
+        names = Names([row[0] for row in own], heading=columns[0])
+        layout = TableLayout([_column(place, columns, own) for place in places])
+        lines += [*([] if places is parts[0] else [Text()]), *table(names, [layout], page)]
+    return [*lines, *page.paragraphs(legend, first="")]
 
 
-def _fits(layout: TableLayout, names: Names, page: Page) -> bool:
+def _column(place: int, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Column:
+    return Column(_broken(columns[place]), [row[place] for row in rows], "point")
+
+
+def _width(names: Names, columns: Sequence[Column], page: Page) -> int:
     wide = names.indent + max(names.longest(page), len(names.heading))
-    return wide + sum(2 + column.width(page) for column in layout.columns) <= page.width
+    return wide + sum(2 + column.width(page) for column in columns)
 
 
 def _broken(heading: str) -> str:

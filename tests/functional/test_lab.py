@@ -42,6 +42,7 @@ def test_a_run_writes_results_and_goes_on(workspace: Workspace) -> None:
     ("arguments", "said"),
     [
         (("smal-batch",), "did you mean small-batch?"),
+        (("nosuch",), "dropout, gan, medical, speed)\n"),
         (("small-batch", "--budget", "0"), "budget must be a number above 0"),
         (("small-batch", "--data", "nowhere"), "--data nowhere is no folder"),
         (("small-batch", "--output-dir", "file/x"), "cannot be a folder"),

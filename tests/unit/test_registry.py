@@ -30,6 +30,8 @@ def test_rows_stand_in_the_order_given() -> None:
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
     with pytest.raises(RepairError, match=r'no colour named "gren" \(known: red, green\); did you mean green\?'):
         colours()["gren"]
+    with pytest.raises(RepairError, match=r'no colour named "ochre" \(known: red, green\)$'):
+        colours()["ochre"]
 
 
 def test_a_name_is_taken_once() -> None:

@@ -63,7 +63,7 @@ def render_lab(found: LabReport, options: RenderOptions) -> str:
     from bnprobe.report.html.lab import lab_page
     from bnprobe.report.html.page import write
 
-    return write(lambda: lab_page(found, options))
+    return write(lambda: lab_page(found))
 
 
 def picture_of_lab(found: LabReport) -> str:

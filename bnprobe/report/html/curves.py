@@ -24,6 +24,9 @@ from bnprobe.report.lab import value_at
 
 _HEIGHT = 300
 
+_APART = {"tickCount": 8, "labelSeparation": 8}
+"""Numbers along x do not run together; of ones that are too near to each other, some are left out."""
+
 _LONG = 8
 """Longer names along x are turned."""
 
@@ -44,7 +47,7 @@ def curves(chart: LabChart, keyed: bool = False) -> dict[str, Any]:
         keyed: Whether the chart itself says which colour means what.
     """
     alt = altair()
-    rows = [row for series in chart.series for row in _rows(series, chart.y_scale == "log")]
+    rows = [row for series in chart.series for row in _rows(series, _floor(chart))]
     looks = {name: colour(look) for name, look, _ in colours(chart)}
     legend = (
         alt.Legend(title=None, orient="bottom", columns=2, columnPadding=24, labelLimit=400, symbolType="stroke")
@@ -80,13 +83,21 @@ def curves(chart: LabChart, keyed: bool = False) -> dict[str, Any]:
     )
 
 
-def _rows(series: LabSeries, logarithmic: bool) -> Iterator[dict[str, Any]]:
+def _floor(chart: LabChart) -> float | None:
+    """Where what is 0 ends on a logarithmic axis: at the least value above; None: the axis is linear."""
+    if chart.y_scale != "log":
+        return None
+    ends = (each for series in chart.series for each in (*series.y, *series.low) if each is not None and each > 0)
+    return min(ends, default=1.0)
+
+
+def _rows(series: LabSeries, floor: float | None) -> Iterator[dict[str, Any]]:
     for index, (at, value) in enumerate(zip(series.x, series.y, strict=True)):
-        if value is None or (logarithmic and value <= 0):
+        if value is None or (floor is not None and value <= 0):
             continue
         low, high = series.low[index], series.high[index]
-        if logarithmic and low is not None and low <= 0:
-            low = value
+        if floor is not None and low is not None:
+            low = max(low, floor)
         yield {
             "name": series.name,
             "theory": series.theory,
@@ -115,11 +126,19 @@ def _numbers_axis(chart: LabChart) -> Any:
         return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~g", grid=False, **values))
     scale = alt.Scale(zero=False, nice=False, padding=8)
     # Of "~g", Vega keeps two digits where ticks are ten apart, and writes 1.1e+2.
-    return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~r", grid=False))
+    return alt.X("x:Q", scale=scale, axis=alt.Axis(title=chart.x, format="~r", grid=False, **_APART))
 
 
 def _y_scale(chart: LabChart, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
     ends = [value for row in rows for value in (row["low"], row["y"], row["high"]) if math.isfinite(value)]
     if chart.y_scale == "log" and ends:
         return log_scale(ends, chart.y)
+    if chart.bounds != (None, None) and ends:
+        least, most = chart.bounds
+        room = 0.03 * (max(ends) - min(ends)) or 0.03
+        low = min(ends) - room if least is None else max(min(ends) - room, least)
+        high = max(ends) + room if most is None else min(max(ends) + room, most)
+        return altair().Scale(domain=[rounded(low), rounded(high)], zero=False, nice=False), y_axis(
+            chart.y, format="~r"
+        )
     return altair().Scale(zero=False, nice=True, padding=6), y_axis(chart.y, format="~r")

@@ -28,19 +28,19 @@ from bnprobe.report.html.page import (
     style_sheet,
 )
 from bnprobe.report.html.parts import points, reproduce
-from bnprobe.report.page import RenderOptions
 
 
-def lab_page(found: LabReport, options: RenderOptions) -> Document:
+def lab_page(found: LabReport) -> Document:
     """The page of an experiment."""
     return Document(
         title=words.title(found),
         sign=words.sign(found),
-        verdict=f"{words.one_line(found)}.",
+        verdict=found.answer or f"{words.one_line(found)}.",
         sentences=(found.question, words.over_seeds(found)),
         top=(Tiles(tuple(_tiles(found))),),
         sections=(
             Section("claims", "What was claimed, and what the figures say", tuple(_claims(found)), "Claims"),
+            Section("symbols", "Symbols", tuple(_symbols(found))),
             Section("figures", "Figures", tuple(map(_figure, found.charts))),
             Section(
                 "tables",
@@ -49,7 +49,7 @@ def lab_page(found: LabReport, options: RenderOptions) -> Document:
             ),
             Section("notes", "Notes", points(found.notes)),
             Section("trials", "Every trial", tuple(_trials(found)), "Trials"),
-            Section("how", "How this was measured", tuple(_how(found, options)), "How measured"),
+            Section("how", "How this was measured", tuple(_how(found)), "How measured"),
         ),
     )
 
@@ -67,7 +67,13 @@ def _tiles(found: LabReport) -> Iterator[tuple[str, str, str]]:
 
 def _claims(found: LabReport) -> Iterator[Block]:
     for claim in found.claims:
-        yield Card(words.SIGNS[claim.verdict], claim.text, "", (("", claim.evidence),))
+        verdict = words.in_words(claim.verdict).capitalize()
+        yield Card(words.SIGNS[claim.verdict], claim.text, "", ((f"{verdict}.", claim.evidence),))
+
+
+def _symbols(found: LabReport) -> Iterator[Block]:
+    if letters := words.symbols(found):
+        yield Facts(tuple(letters))
 
 
 def _figure(chart: LabChart) -> Figure:
@@ -77,7 +83,7 @@ def _figure(chart: LabChart) -> Figure:
         chart.name,
         chart.title,
         (Chart(curves(chart), says),),
-        _table(chart.title, columns, rows),
+        _table(words.headline(chart), columns, rows),
         chart.legend,
         tuple((look, f"{name} (theory, dashed)" if theory else name) for name, look, theory in colours(chart)),
     )
@@ -112,9 +118,9 @@ def _value(value: float | tuple[float | None, ...] | None) -> Cell:
     return Cell(f"{value:.4g}", value) if isinstance(value, float | int) else Cell("")
 
 
-def _how(found: LabReport, options: RenderOptions) -> Iterator[Block]:
+def _how(found: LabReport) -> Iterator[Block]:
     yield Facts((*words.facts(found), *words.machine(found)))
-    yield from reproduce(options.command)
+    yield from reproduce(words.command(found))
 
 
 # --- A picture --------------------------------------------------------------------------------------------------------

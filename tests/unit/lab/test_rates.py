@@ -119,7 +119,7 @@ def test_thirty_times_a_rate_that_the_sweep_does_not_hold_decides_nothing() -> N
         trials = [
             Trial({"part": rates.SWEEP, "rate": rate, "normalization": name}, seed, {"accuracy": found}, 0.0)
             for (name, rate), found in accuracies.items()
-            for seed in range(2)
+            for seed in range(3)
         ]
         _, thirty, *_ = rates.Rates().claims(Results(trials), Budget())
         return thirty.verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from bnprobe import lab
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import append
 from bnprobe.lab.experiment import (
+    SHARE,
     Budget,
     Experiment,
     Results,
@@ -28,6 +30,8 @@ from bnprobe.lab.experiment import (
     average,
     below,
     below_everywhere,
+    bounded,
+    cell,
     formula,
     mean_of,
     near,
@@ -35,10 +39,12 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.run import TRIALS, concluded
-from bnprobe.records import Claim, Estimate, LabChart, LabReport, Trial
+from bnprobe.records import Claim, Estimate, LabChart, LabReport, LabSeries, Trial
 from bnprobe.registry import load_code
-from bnprobe.report import render
+from bnprobe.report import RenderOptions, render
+from bnprobe.report import lab as lab_words
 from bnprobe.report.html import picture_of_lab
+from bnprobe.report.html.curves import curves
 
 ROW = lab.ExperimentRow("dice", "Dice", "Are dice fair?", (), f"{__name__}:Dice", takes_data=False)
 
@@ -246,6 +252,48 @@ def test_numbers_along_an_axis_are_written_out() -> None:
     assert {">200<", ">400<"} <= set(re.findall(r">\d+<", drawn))
 
 
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+def test_columns_that_do_not_fit_the_terminal_go_on_below() -> None:
+    x = (1.0, 2.0)
+    some = [LabSeries(f"momentum {each}", x, (0.5, None), (0.4, None), (0.6, None)) for each in range(9)]
+    late = LabSeries("the last one", x, (None, 0.7), (None, 0.6), (None, 0.8))
+    chart = LabChart("many", "Many", "batches", "accuracy", (*some, late))
+    text = render(replace(rolled(), charts=(chart,)), "terminal", RenderOptions(width=60))
+    assert all(len(line) <= 60 for line in text.splitlines())
+    assert len(re.findall("momentum", text)) == 9
+    assert text.count("0.50 ± 0.10") == 9
+    first, *_, last = text.partition("Many (accuracy)")[2].partition("✓ 3 of 3")[0].strip("\n").split("\n\n")
+    assert re.findall(r"^  (\d)", first, re.MULTILINE) == ["1", "2"]
+    assert "0.70 ± 0.10" in last
+    assert "Not shown" not in text
+
+
+def test_letters_are_explained_where_they_are_used() -> None:
+    nothing = rolled()
+    assert lab_words.symbols(nothing) == []
+    assert "Symbols" not in render(nothing, "html")
+    told = replace(nothing, notes=("Of 3-D volumes the n_eq is small; a B-spline's d' is not ours.",))
+    assert [symbol for symbol, _ in lab_words.symbols(told)] == ["D", "r", "d", "n_eq", "derived in"]
+    for format_ in ("terminal", "markdown", "html"):
+        text = " ".join(render(told, format_).replace("\\", "").split())
+        assert "how many independent normal values a batch is worth" in text
+        assert lab_words.DERIVED in text
+
+
+def test_results_say_the_answer_the_unit_and_the_command_that_gives_them() -> None:
+    chart = LabChart("time", "Median time", "format", "milliseconds", (formula("twice", [1.0], lambda x: 2 * x),))
+    found = replace(rolled(budget=0.5, seeds=2), charts=(chart,), folder="my images")
+    for format_ in ("terminal", "markdown", "html"):
+        text = " ".join(render(found, format_).split())
+        assert "Means are not 0." in text
+        assert "Median time (milliseconds)" in text
+        assert text.index("Means are not 0.") < text.index("Left open") < text.index("Median time")
+    for format_ in ("markdown", "html"):
+        assert "bnprobe lab dice --data 'my images' --budget 0.5 --seeds 2" in html.unescape(render(found, format_))
+
+
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +362,9 @@ def test_an_interval_is_students_and_differences_are_paired_by_seed() -> None:
     assert ratio.mean == pytest.approx((2 / 1 + 12 / 11 + 22 / 21 + 32 / 31) / 4)
     same = results.where(arm=1)
     assert same.less("x", same, "none") is None
-    assert mean_of([1e9, 1e9 + 1e-6]).interval != (1e9, 1e9)
+    assert mean_of([1e9, 1e9, 1e9 + 0.01]).interval != (1e9, 1e9)  # no cancellation
+    assert mean_of([1.0, 1.5]) == Estimate(1.25, None)
+    assert mean_of([0.1 + 0.2, 0.3, 0.3]) == Estimate(0.3, (0.3, 0.3))  # they differ by rounding alone
     spread = mean_of([1.0, 2.0, 3.0])
     assert spread is not None
     assert spread.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
@@ -330,7 +380,7 @@ def test_a_figure_of_several_trials_is_made_seed_by_seed_where_none_is_missing()
         for arm in (1, 2)
     )
     found = results.mean_over_seeds(lambda one: one.value("x", arm=2) - one.value("x", arm=1))
-    assert found == Estimate(1.0, (1.0, 1.0))
+    assert found == Estimate(1.0, None)  # of two seeds
     assert results.mean_over_seeds(lambda one: one.value("x", arm=3)) is None
     averaged = results.averaged("x")
     assert averaged is not None
@@ -343,10 +393,44 @@ def test_a_figure_of_several_trials_is_made_seed_by_seed_where_none_is_missing()
     ]
 
 
+def test_two_seeds_that_are_alike_decide_nothing() -> None:
+    assert above("It is above.", "Mean", mean_of([0.4, 0.4])).verdict == "open"
+    assert above("It is above.", "Mean", mean_of([0.4, 0.4, 0.4])).verdict == "shown"
+
+
 def test_what_intervals_are_over_is_said_once() -> None:
     for format_ in ("terminal", "markdown", "html"):
-        assert render(rolled(), format_).count("means over 3 seeds") == 1
-        assert render(rolled(seeds=1), format_).count("of one seed, without intervals") == 1
+        words = {seeds: " ".join(render(rolled(seeds=seeds), format_).split()) for seeds in (1, 2, 3)}
+        assert words[1].count("of one seed, without intervals, which need 3") == 1
+        assert words[2].count("means over 2 seeds, without intervals, which need 3") == 1
+        assert words[3].count("means over 3 seeds") == 1
+        assert "± 0:" not in words[3]
+        alike = replace(rolled(), claims=(above("It is above.", "Mean", mean_of([0.4, 0.4, 0.4])),))
+        assert " ".join(render(alike, format_).split()).count(": all seeds gave the same") == 1
+
+
+def test_intervals_end_at_the_bounds_of_their_figures() -> None:
+    x, y = (1.0, 2.0, 3.0), (0.5, 0.97, 0.5)
+    measured = LabSeries("measured", x, y, (-0.1, 0.9, None), (1.1, 1.04, None))
+    share = LabChart("share", "Shares", "x", "accuracy", (measured,), bounds=SHARE)
+    (cut,) = bounded(share).series
+    assert (cut.low, cut.high) == ((0, 0.9, None), (1, 1, None))
+    assert [lab_words.value_at(cut, place) for place in range(3)] == ["0.5 ± 0.5", "0.97 (0.9 to 1)", "0.5"]
+    (cut,) = bounded(replace(share, bounds=(None, None), y_scale="log")).series
+    assert (cut.low, cut.high) == ((0, 0.9, None), (1.1, 1.04, None))  # what is drawn on such an axis is positive
+    (same,) = bounded(replace(share, bounds=(None, None))).series
+    assert same == measured
+    assert cell(Estimate(0.97, (0.9, 1.04)), SHARE) == "0.97 (0.9 to 1)"
+    assert cell(Estimate(0.97, (0.9, 1.04))) == "0.97 ± 0.07"
+
+
+def test_axes_end_at_the_bounds_too() -> None:
+    series = LabSeries("measured", (1.0, 2.0), (0.3, 1.0), (0.0, 0.98), (0.7, 1.0))
+    share = LabChart("share", "Shares", "x", "accuracy", (series,), bounds=SHARE)
+    scales = re.findall(r"'domain': \[(0\.?\d*), (1\.?\d*)\]", str(curves(share)))
+    assert {tuple(map(float, each)) for each in scales} == {(0, 1)}
+    drawn = curves(bounded(replace(share, bounds=(None, None), y_scale="log")))
+    assert [row["low"] for row in drawn["datasets"]["measured"]] == [0.3, 0.98]  # from 0 on, as far as is drawn
 
 
 @pytest.mark.parametrize("name", lab.EXPERIMENTS.names())

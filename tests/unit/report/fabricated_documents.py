@@ -279,7 +279,7 @@ def experiment() -> LabReport:
         sources=("Ioffe 2017",),
         data="scikit-learn's digits",
         budget=1.0,
-        seeds=2,
+        seeds=3,
         seconds=90.0,
         claims=(
             Claim("It falls.", "shown", "Difference: 0.4 ± 0.1; the claim needs more than 0."),
@@ -304,6 +304,7 @@ def experiment() -> LabReport:
             Trial({"norm": "batch norm", "batch": 2}, 0, {"accuracy": 0.55, "losses": (1.0, 0.5)}, 45.0),
             Trial({"norm": "Batch Renorm", "batch": 2}, 0, {"accuracy": None}, 45.0),
         ),
+        answer="It does: by 0.4 ± 0.1 from batches of 256 to those of 2.",
     )
 
 
@@ -312,7 +313,7 @@ def diverged_experiment() -> LabReport:
     nothing = LabSeries("batch norm", (2.0,), (None,), (None,), (None,))
     chart = LabChart("size", "Accuracy", "samples in a batch", "accuracy", (nothing,), x_scale="log", y_scale="log")
     claims = (Claim("It falls.", "open", "Difference: not measured."),)
-    return replace(experiment(), claims=claims, charts=(chart,), tables=(), notes=())
+    return replace(experiment(), claims=claims, charts=(chart,), tables=(), notes=(), answer="")
 
 
 def undrifted() -> DriftReport:
