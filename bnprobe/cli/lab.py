@@ -28,7 +28,8 @@ def lab(
         options.option(
             options.RUN,
             "--budget",
-            "Amount of work: 0.1 for a look; 1 takes two cores ten minutes at most, with the digits.",
+            "Amount of work: 0.1 for a look, which decides nothing of what networks learn; 1 takes two cores ten"
+            " minutes at most, with the digits.",
             "X",
         ),
     ] = 1.0,

@@ -67,7 +67,7 @@ def render_markdown(found: LabReport, options: RenderOptions) -> str:
     parts = [
         f"# {prose(found.title)}",
         prose(found.question),
-        found.answer and f"**{prose(found.answer)}**",
+        prose(found.answer),
         f"{prose(one_line(found))}. {prose(over_seeds(found))}",
         "\n".join(claims),
         f"![{prose(found.charts[0].title)}]({found.experiment}.svg)" if found.charts else "",
@@ -107,10 +107,10 @@ def over_seeds(found: LabReport) -> str:
         what = "of one seed" if found.seeds == 1 else f"means over {found.seeds} seeds"
         return f"Figures are {what}, without intervals, which need {FEWEST_SEEDS}: claims that need one are left open."
     said = [
-        f"Figures with ± are means over {found.seeds} seeds, and half of their 95% intervals (Student's t), which fewer"
-        f" than {FEWEST_SEEDS} figures do not have."
+        f"Figures with ± are means over {found.seeds} seeds, and half of their 95% intervals (Student's t); of fewer"
+        f" than {FEWEST_SEEDS} there is none."
     ]
-    texts = [*_texts(found), *(each for chart in found.charts for row in cells(chart)[1] for each in row)]
+    texts = [found.answer, *_texts(found), *(each for chart in found.charts for row in cells(chart)[1] for each in row)]
     if any(_ALIKE.search(text) for text in texts):
         said.append("± 0: all seeds gave the same; of N images, an accuracy shows no difference below 1/N.")
     return " ".join(said)

@@ -35,8 +35,8 @@ def lab_page(found: LabReport) -> Document:
     return Document(
         title=words.title(found),
         sign=words.sign(found),
-        verdict=found.answer or f"{words.one_line(found)}.",
-        sentences=(found.question, words.over_seeds(found)),
+        verdict=f"{words.one_line(found)}.",
+        sentences=(" ".join(filter(None, (found.question, found.answer))), words.over_seeds(found)),
         top=(Tiles(tuple(_tiles(found))),),
         sections=(
             Section("claims", "What was claimed, and what the figures say", tuple(_claims(found)), "Claims"),
