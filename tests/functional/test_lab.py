@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bnprobe.lab.experiments import EXPERIMENTS
 from bnprobe.lab.run import concluded
-from functional.command import CLEAN, ERROR, Workspace
+from functional.command import CLEAN, ERROR, NOTHING, TIMEOUT, Result, Workspace
+from functional.processes import start
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -37,6 +40,22 @@ def test_a_run_writes_results_and_goes_on(workspace: Workspace) -> None:
     assert (folder / "results.json").read_text() == kept
     shown = workspace.run("show", folder / "results.json")
     assert shown.stdout == first.stdout
+
+
+def test_after_ctrl_c_it_is_said_that_the_same_command_goes_on(workspace: Workspace) -> None:
+    kept = workspace.folder / "bnprobe-lab" / "small-batch" / "trials.jsonl"
+    running = start(workspace, "lab", "small-batch", "--seeds", "9", "--jobs", "1")
+    try:
+        end = time.monotonic() + TIMEOUT
+        while not kept.exists() or len(kept.read_text().splitlines()) < 2:
+            assert time.monotonic() < end, "no trial was kept"
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=TIMEOUT)
+    finally:
+        running.kill()
+    said = Result(running.returncode, stdout, stderr).error(NOTHING)
+    assert said == "Interrupted. What was measured is kept in bnprobe-lab/small-batch: the same command goes on."
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,6 @@ def _y_scale(chart: LabChart, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
         room = 0.03 * (max(ends) - min(ends)) or 0.03
         low = min(ends) - room if least is None else max(min(ends) - room, least)
         high = max(ends) + room if most is None else min(max(ends) + room, most)
-        return altair().Scale(domain=[rounded(low), rounded(high)], zero=False, nice=False), y_axis(
-            chart.y, format="~r"
-        )
+        scale = altair().Scale(domain=[rounded(low), rounded(high)], zero=False, nice=False)
+        return scale, y_axis(chart.y, format="~r")
     return altair().Scale(zero=False, nice=True, padding=6), y_axis(chart.y, format="~r")

@@ -252,6 +252,13 @@ def test_numbers_along_an_axis_are_written_out() -> None:
     assert {">200<", ">400<"} <= set(re.findall(r">\d+<", drawn))
 
 
+def test_numbers_along_an_axis_do_not_run_together() -> None:
+    rates = [0.0, 0.1, 0.3, 0.5, 0.7]
+    chart = LabChart("rates", "Rates", "rate", "loss", (formula("twice", rates, lambda x: 100 + 100 * x),))
+    drawn = picture_of_lab(replace(rolled(), charts=(chart,)))
+    assert re.findall(r">(0(?:\.\d+)?)<", drawn) == ["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7"]
+
+
 # --- Words ------------------------------------------------------------------------------------------------------------
 
 
