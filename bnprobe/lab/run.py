@@ -75,7 +75,7 @@ def run(
 
     Example:
         >>> from bnprobe import lab
-        >>> report = lab.run("small-batch", budget=0.02, seeds=3, jobs=1)
+        >>> report = lab.run("scratch", budget=0.02, seeds=1, jobs=1)
         >>> report.claims[0].verdict
         'shown'
     """
