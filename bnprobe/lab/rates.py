@@ -14,6 +14,8 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +32,13 @@ from bnprobe.lab.experiment import (
     Values,
     above,
     average,
-    below,
+    mean_of,
+    series,
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
 from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, no_norm, train
-from bnprobe.numbers import percent, score
+from bnprobe.numbers import joined, percent, score
 from bnprobe.records import Claim, Estimate, LabChart, LabTable
 from bnprobe.report.figures import estimate
 
@@ -61,6 +64,14 @@ RATE = 0.1
 REACHES = (0.5, 1.0, 2.0, 3.0, 4.0)
 """How far it is followed, as multiples of the learning rate, as in the paper."""
 
+
+ALONG = (
+    ("range of the loss", "the loss varies less along its gradient", "a"),
+    ("change of the gradient", "the gradient changes less along itself", "b"),
+    ("effective smoothness", "the effective smoothness is better, a smaller beta", "c"),
+)
+"""What is looked at along the gradient, and how Santurkar et al. found it with batch norm, and in which part of their
+figure 4."""
 
 EXACTLY = (
     (
@@ -125,17 +136,7 @@ class Rates(Experiment):
         scale = results.where(part=SCALE)
         for claim, what, figure in EXACTLY:
             yield within(claim, what, scale.largest(figure), EXACT)
-        smooth, rough = (results.where(part=SMOOTHNESS, normalization=name) for name in ARMS)
-        for name, claim, letter in (
-            ("range of the loss", "the loss varies less along its gradient", "a"),
-            ("change of the gradient", "the gradient changes less along itself", "b"),
-            ("effective smoothness", "the effective smoothness is better, a smaller beta", "c"),
-        ):
-            yield below(
-                f"With batch norm {claim} (Santurkar et al., figure 4{letter}).",
-                f"{name[0].upper()}{name[1:]}, mean over the training, less that without",
-                smooth.less(name, rough),
-            )
+        yield from _claims_along_gradients(results.where(part=SMOOTHNESS), _measured(budget))
 
     def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
         """The sweep, what eps does, and what is found along the gradient."""
@@ -168,27 +169,31 @@ class Rates(Experiment):
             y_scale="log",
         )
         steps = _measured(budget)
-        ranges, smoothnesses = (
-            tuple(smoothness.where(normalization=name).along(figure, steps, name) for name in ARMS)
-            for figure in ("ranges", "smoothnesses")
-        )
         yield LabChart(
-            "loss",
-            "How much the loss varies along its gradient",
+            "along",
+            "Along the gradient, with batch norm over without",
             "steps of training",
-            "largest less smallest loss",
-            ranges,
-            (f"Steps of {REACHES[0]:g} to {REACHES[-1]:g} times the learning rate of {RATE:g}.",),
-            y_scale="log",
+            "ratio, in powers of ten",
+            tuple(series(name, steps, _ratios(smoothness, name)) for name, *_ in ALONG),
+            ("Below 0 it is less with batch norm. A single large value of one seed does not decide a mean of powers.",),
         )
-        yield LabChart(
-            "smoothness",
-            "Effective smoothness: how fast the gradient changes along itself",
-            "steps of training",
-            "change of the gradient over the distance",
-            smoothnesses,
-            y_scale="log",
-        )
+        for name, title, y in (
+            ("range of the loss", "How much the loss varies along its gradient", "largest less smallest loss"),
+            (
+                "effective smoothness",
+                "Effective smoothness: how fast the gradient changes along itself",
+                "change of the gradient over the distance",
+            ),
+        ):
+            yield LabChart(
+                name.split()[-1],
+                title,
+                "steps of training",
+                y,
+                tuple(smoothness.where(normalization=arm).along(name, steps, arm) for arm in ARMS),
+                (f"Steps of {REACHES[0]:g} to {REACHES[-1]:g} times the learning rate of {RATE:g}.",),
+                y_scale="log",
+            )
 
     def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
         """What becomes of each rate."""
@@ -233,6 +238,7 @@ class Rates(Experiment):
                 f" and by {score(large)} where they are ten times as large; the largest cosine between a filter and its"
                 f" gradient is {score(cosine)}."
             )
+        yield from _note_on_the_beginning(results.where(part=SMOOTHNESS), _measured(budget))
 
 
 def _claims_of_rates(sweep: Results) -> Iterator[Claim]:
@@ -251,6 +257,75 @@ def _claims_of_rates(sweep: Results) -> Iterator[Claim]:
         f"Held-out accuracy at {thirty:g} less that without at {best:g}",
         norm.where(rate=thirty).less("accuracy", none.where(rate=best)) if in_sweep else None,
     )
+
+
+def _claims_along_gradients(smoothness: Results, steps: Sequence[int]) -> Iterator[Claim]:
+    """A share of steps decides, which a spike at one of them does not move."""
+    early = steps[: max(len(steps) // 5, 1)]
+    for name, finding, letter in ALONG:
+        when = _when(steps, _ratios(smoothness, name))
+        claims = [(f"With batch norm {finding} (Santurkar et al., figure 4{letter}).", steps)]
+        if name == ALONG[0][0]:
+            text = f"With batch norm {finding} at the beginning of training, too (section 3.1: especially there)."
+            claims.append((text, early))
+        for text, at in claims:
+            what = f"Share of the {len(at)} measured steps up to {at[-1]} at which it is less than without"
+            claim = above(text, what, smoothness.mean_over_seeds(partial(_share_below, name, len(at))), 0.5)
+            yield replace(claim, evidence=f"{claim.evidence}{when}")
+
+
+def _share_below(name: str, most: int, of_seed: Results) -> float:
+    """Share of the first measured steps at which a figure is less with batch norm than without."""
+    [ratios] = _ratios_by_seed(of_seed, name)
+    return average([float(ratio < 0) for ratio in ratios[:most] if ratio is not None])
+
+
+def _ratios(smoothness: Results, name: str) -> list[Estimate | None]:
+    """A figure with batch norm over that without at each measured step, in powers of ten."""
+    by_step = zip(*_ratios_by_seed(smoothness, name), strict=True)
+    return [mean_of([ratio for ratio in ratios if ratio is not None]) for ratios in by_step]
+
+
+def _ratios_by_seed(smoothness: Results, name: str) -> list[list[float | None]]:
+    norm, none = ([trial.values.get(name) for trial in smoothness.where(normalization=arm)] for arm in ARMS)
+    return [
+        [math.log10(here / there) if here and there else None for here, there in zip(one, other, strict=True)]
+        for one, other in zip(norm, none, strict=True)  # in the order of seeds
+        if isinstance(one, tuple) and isinstance(other, tuple)
+    ]
+
+
+def _when(steps: Sequence[int], ratios: Sequence[Estimate | None]) -> str:
+    """At which steps the interval of a ratio is above 1, and at which below; begins with a space."""
+    ends = [(None, None) if ratio is None or ratio.interval is None else ratio.interval for ratio in ratios]
+    more = [low is not None and low > 0 for low, _ in ends]
+    less = [high is not None and high < 0 for _, high in ends]
+    said = []
+    if any(more):
+        most = max(ratio.mean for ratio in ratios if ratio is not None)
+        said.append(f"above 1 at {_spans(steps, more)} (up to {score(10**most)})")
+    if any(less):
+        said.append(f"below 1 at {_spans(steps, less)}")
+    return f" By its interval the ratio to that without is {joined(said)}." if said else ""
+
+
+def _spans(steps: Sequence[int], chosen: Sequence[bool]) -> str:
+    """Steps in words, e.g. "steps 12 to 36 and 60"."""
+    groups = [list(group) for is_in, group in groupby(zip(chosen, steps, strict=True), lambda each: each[0]) if is_in]
+    ends = [(group[0][1], group[-1][1]) for group in groups]
+    spans = [f"{first}" if first == last else f"{first} to {last}" for first, last in ends]
+    return f"{'step' if spans == [str(ends[0][0])] else 'steps'} {joined(spans)}"
+
+
+def _note_on_the_beginning(smoothness: Results, steps: Sequence[int]) -> Iterator[str]:
+    norm, none = (smoothness.where(normalization=arm).along("loss", steps, arm).y[0] for arm in ARMS)
+    longer = _ratios(smoothness, "length of the gradient")[0]
+    if norm is not None and none is not None and longer is not None:
+        yield (
+            f"After {steps[0]} steps the loss is {score(norm)} with batch norm and {score(none)} without, and the"
+            f" gradient is {score(10**longer.mean)} times as long as without. What is followed is a multiple of it, and"
+            " so is longer by as much."
+        )
 
 
 # --- Rates ------------------------------------------------------------------------------------------------------------
@@ -420,21 +495,14 @@ def _along_gradients(images: Images, norm: Norm, seed: int, budget: Budget) -> V
     steps = _measured(budget)
     drawn = _drawn(images, seed, steps[-1])
     model = conv_net(images.train.shape[1:], images.classes, norm)
-    found: list[tuple[float, float, float]] = []
+    found: list[dict[str, float]] = []
 
     def after_step(step: int, _: float) -> None:
         if step + 1 in steps:
             found.append(_follow(model, drawn[step]))
 
     train(model, drawn, RATE, after_step)
-    ranges, changes, smoothnesses = zip(*found, strict=True)
-    return {
-        "range of the loss": average(ranges),
-        "change of the gradient": average(changes),
-        "effective smoothness": average(smoothnesses),
-        "ranges": ranges,
-        "smoothnesses": smoothnesses,
-    }
+    return {name: [each[name] for each in found] for name in found[0]}
 
 
 def _measured(budget: Budget) -> list[int]:
@@ -443,16 +511,16 @@ def _measured(budget: Budget) -> list[int]:
     return list(range(every, 20 * every + 1, every))
 
 
-def _follow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
-    """Range of the loss, largest change of the gradient, and largest change over the distance, along the gradient.
+def _follow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """What is found along the gradient, by the names in `ALONG`, and what is there at its beginning.
 
     The losses are those of one batch, L(x - s g), where x are all parameters, g is their gradient and s goes as far as
-    `REACHES`; the last figure is the largest |g(x - s g) - g(x)| / |s g|.
+    `REACHES`. The gradient changes by |g(x - s g) - g(x)|, and smoothness is this over |s g|; the largest counts.
     """
     model = copy.deepcopy(model)  # looking must not move the running averages
     parameters = list(model.parameters())
     start = [each.detach().clone() for each in parameters]
-    _, gradient = _at(model, batch)
+    begins, gradient = _at(model, batch)
     losses, changes, smoothnesses = [], [], []
     for reach in REACHES:
         with torch.no_grad():
@@ -463,7 +531,13 @@ def _follow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, floa
         losses.append(loss)
         changes.append(change)
         smoothnesses.append(change / (reach * RATE * _length(gradient)))
-    return max(losses) - min(losses), max(changes), max(smoothnesses)
+    return {
+        "range of the loss": max(losses) - min(losses),
+        "change of the gradient": max(changes),
+        "effective smoothness": max(smoothnesses),
+        "loss": begins,
+        "length of the gradient": _length(gradient),
+    }
 
 
 def _at(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[float, Sequence[Tensor]]:

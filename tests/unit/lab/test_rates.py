@@ -67,12 +67,37 @@ def test_the_gradient_of_a_quadratic_changes_as_fast_as_its_curvature(monkeypatc
 
     model = Quadratic()
     nothing = torch.zeros(1)
-    span, change, smoothness = rates._follow(model, (nothing, nothing))
     losses = [1.5 * (2 - 6 * reach * rates.RATE) ** 2 for reach in rates.REACHES]
-    assert span == pytest.approx(max(losses) - min(losses))
-    assert change == pytest.approx(18 * rates.REACHES[-1] * rates.RATE)
-    assert smoothness == pytest.approx(3)
+    assert rates._follow(model, (nothing, nothing)) == pytest.approx(
+        {
+            "range of the loss": max(losses) - min(losses),
+            "change of the gradient": 18 * rates.REACHES[-1] * rates.RATE,
+            "effective smoothness": 3,
+            "loss": 6,
+            "length of the gradient": 6,
+        }
+    )
     assert model.x.item() == 2
+
+
+def test_a_spike_without_batch_norm_decides_nothing_and_when_a_claim_holds_is_said() -> None:
+    """More with batch norm at three of four measured steps, where the mean of the other is larger a hundred times."""
+    names = [name for name, *_ in rates.ALONG]
+    trials = [
+        Trial(
+            {"part": rates.SMOOTHNESS, "normalization": arm},
+            seed,
+            {name: tuple((1 + 0.1 * seed) * value for value in values) for name in names},
+            0.0,
+        )
+        for seed in range(3)
+        for arm, values in ((rates.NORM, (5.0, 2.0, 1.0, 2.0)), (rates.NONE, (1.0, 1.0, 900.0, 1.0 + seed)))
+    ]
+    found = list(rates._claims_along_gradients(Results(trials), [10, 20, 30, 40]))
+    whole, *_ = found
+    assert whole.verdict == "open"  # at the last step by one seed less, by one more, by one the same
+    assert whole.evidence.endswith("is above 1 at steps 10 to 20 (up to 5) and below 1 at step 30.")
+    assert [claim.verdict for claim in found if "beginning" in claim.text] == ["refuted"]
 
 
 def test_following_the_gradient_leaves_the_network_alone() -> None:
