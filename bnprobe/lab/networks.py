@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnprobe.lab.data import load
 from bnprobe.lab.layers import BatchNorm, batch_moments
 from bnprobe.nn import DomainBatchNorm2d
+from bnprobe.numbers import count, joined
 
 Norm = Callable[[int], nn.Module]
 """Makes the normalization of so many channels."""
@@ -37,6 +39,35 @@ def conv_net(shape: torch.Size | tuple[int, ...], classes: int, norm: Norm, widt
     for position, (before, after) in enumerate(pairwise(sizes)):
         layers += [nn.Conv2d(before, after, 3, stride=1 + (position == 1), padding=1), norm(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], classes))
+
+
+def conv_net_architecture(data: str | None) -> str:
+    """What `conv_net` is for the images of ``--data``, with batch norm, a sentence for reports."""
+    images = load(data)
+    with torch.device("meta"):  # no weights are drawn
+        return architecture(conv_net(images.train.shape[1:], images.classes, BatchNorm))
+
+
+def architecture(model: nn.Sequential) -> str:
+    """Channels and parameters of a network of convolutions, which may end in a linear layer, a sentence for reports.
+
+    Behind each convolution, or each but the last, come a normalization and ReLU; before the linear layer comes a mean
+    over positions.
+    """
+    convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d | nn.Conv3d)]
+    channels = [
+        f"{layer.out_channels} (stride {layer.stride[0]})" if layer.stride[0] > 1 else f"{layer.out_channels}"
+        for layer in convolutions
+    ]
+    kernel = " x ".join(map(str, convolutions[0].kernel_size))
+    behind = "each" if sum(isinstance(layer, nn.ReLU) for layer in model) == len(channels) else "each but the last"
+    last = model[-1]
+    end = f", then a mean over positions and {last.out_features} linear outputs" if isinstance(last, nn.Linear) else ""
+    return (
+        f"The network has convolutions of {kernel} from {count(convolutions[0].in_channels, 'channel')} to"
+        f" {joined(channels)}, a normalization and ReLU behind {behind}{end}; with batch norm these are"
+        f" {sum(each.numel() for each in model.parameters()):,} parameters."
+    )
 
 
 def train(

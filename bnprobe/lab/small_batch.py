@@ -1,10 +1,22 @@
-"""``small-batch``: how far the statistics of B samples are from those of the population, in theory and in a network."""
+"""``small-batch``: how far the statistics of B samples are from those of the population, in theory and in a network.
+
+A layer of a network takes the statistics of a channel over all P positions of B images, n = B P values, which are not
+independent. With the mean correlation rho of two positions of an image, the squared error of the mean is
+
+    E[d^2] = (1 + (P - 1) rho) / n
+
+where images are drawn independently (the design effect of Kish 1965, Survey Sampling, section 5.4): more than that of n
+independent values where positions are alike, less where they make up for each other. So it is in the first layer. What
+comes to the others has been normalized with the statistics of the same batch. D tells how many independent normal
+values the n are worth, n_eq.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +32,28 @@ from bnprobe.lab.experiment import (
     above,
     average,
     below,
+    below_everywhere,
+    cell,
     formula,
     near,
     near_everywhere,
 )
-from bnprobe.lab.layers import BatchNorm, mismatch
-from bnprobe.lab.networks import Call, batch_norms, calls_in_training, conv_net, keep_statistics, take_population, train
-from bnprobe.records import Claim, Estimate, LabChart
+from bnprobe.lab.layers import BatchNorm, corrections
+from bnprobe.lab.networks import (
+    Call,
+    batch_norms,
+    calls_in_training,
+    conv_net,
+    conv_net_architecture,
+    input_of,
+    keep_statistics,
+    take_population,
+    train,
+)
+from bnprobe.records import Claim, Estimate, LabChart, LabSeries, LabTable
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
+LAYERS = (1, 2, 3)
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 NORMAL, NETWORK = "i.i.d. normal values", "trained network"
 VALUES = 2**21
@@ -80,10 +105,26 @@ class SmallBatch(Experiment):
             0.01,
             _e(smallest),
         )
-        yield below(
-            "In a network the values of a batch are worth fewer independent ones: positions of an image are alike.",
-            f"n_eq over the number of values at B = {smallest}, mean over layers",
-            network.where(batch=smallest).mean("worth"),
+        for layer in LAYERS:
+            yield below(
+                f"In layer {layer} of a network the values of a batch are worth fewer independent ones: positions of an"
+                " image are alike.",
+                f"n_eq over the number of values at B = {smallest}",
+                network.where(batch=smallest).mean(_of("n_eq over n", layer)),
+                1.0,
+            )
+        first, *others = LAYERS
+        over_formula = "squared d over the formula's"
+        yield near(
+            "In the first layer the squared error of the mean is (1 + (P - 1) rho) / n.",
+            f"E[d^2] over the formula's at B = {smallest}",
+            network.where(batch=smallest).mean(_of(over_formula, first)),
+            0.05,
+        )
+        yield below_everywhere(
+            "In the others it is less: the batch norms before them take out some of what batches differ by.",
+            f"E[d^2] over the formula's at B = {smallest}",
+            {f"in layer {layer}": network.where(batch=smallest).mean(_of(over_formula, layer)) for layer in others},
             1.0,
         )
         yield above(
@@ -99,48 +140,96 @@ class SmallBatch(Experiment):
         )
 
     def charts(self, results: Results, budget: Budget) -> Iterator[LabChart]:
-        """Each figure against the batch size, beside its formula."""
+        """Each figure against the number of values, beside its formulas, and the bias of the gradient."""
         normal, network = results.where(data=NORMAL), results.where(data=NETWORK)
-        size = "samples in a batch"
-        mismatches = (
-            normal.series("D", "batch", "i.i.d. normal values"),
-            formula("2 (1 - e_n)", SIZES, mismatch_iid),
-            *(network.series(f"D of layer {layer}", "batch", f"layer {layer} of the network") for layer in (1, 2, 3)),
-        )
         legend = (
-            "A layer of the network takes its statistics over all positions of the images of a batch.",
-            "Its batches are drawn without replacement from the N images of the population, by which D of B images is"
-            " smaller by the factor 1 - B/N.",
+            "A layer of the network takes its statistics over all positions of the images of a batch. The formulas are"
+            " of independent normal values.",
+            "Its batches are drawn without replacement from the N images of the population, by which D and squared"
+            " errors of B images are smaller by the factor 1 - B/N.",
         )
-        yield LabChart(
-            "mismatch", "D against the batch size", size, "D", mismatches, legend, x_scale="log", y_scale="log"
-        )
-        yield LabChart(
-            "variance",
-            "Relative squared error of the variance",
-            size,
-            "squared error over the variance squared",
-            (normal.series("variance error", "batch", "measured"), formula("2/(B-1)", SIZES, lambda n: 2 / (n - 1))),
-            x_scale="log",
-            y_scale="log",
-        )
-        corrections = (
-            normal.series("r", "batch", "mean of r"),
-            formula("e_n", SIZES, _e),
-            normal.series("d", "batch", "root mean square of d"),
-            formula("1/sqrt(B)", SIZES, lambda n: n**-0.5),
-        )
-        title, figures = "What Batch Renorm would correct", "mean of r, root mean square of d"
-        yield LabChart("r-and-d", title, size, figures, corrections, x_scale="log")
+        for name, title, figure, formulas in (
+            ("mismatch", "D", "D", {"2 (1 - e_n)": mismatch_iid, "3/(2n)": lambda n: 1.5 / n}),
+            (
+                "variance",
+                "Relative squared error of the variance",
+                "variance error",
+                {"2/(n-1)": lambda n: 2 / (n - 1)},
+            ),
+            ("r", "Mean of r", "r", {"e_n": _e}),
+            ("d", "Root mean square of d", "d", {"1/sqrt(n)": lambda n: n**-0.5}),
+        ):
+            measured = [
+                normal.series(figure, "batch", NORMAL),
+                *(_of_layer(network, figure, layer) for layer in LAYERS),
+            ]
+            places = sorted({float(place) for each in measured for place in each.x})
+            expected = (formula(name, places, values) for name, values in formulas.items())
+            yield LabChart(
+                name,
+                f"{title} against the number of values",
+                "values of a channel in a batch, n",
+                title,
+                (*measured, *expected),
+                legend,
+                x_scale="log",
+                y_scale="linear" if name == "r" else "log",
+            )
         yield LabChart(
             "gradient",
             "Bias of the gradient against that of one batch of all images",
-            size,
+            "images in a batch",
             "length of the bias over that of the gradient",
             (network.series("gradient bias", "batch", "trained network"),),
             ("From two epochs in different orders, so that noise does not count as bias.",),
             x_scale="log",
         )
+
+    def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
+        """What the layers of the network differ in."""
+        smallest = results.where(data=NETWORK, batch=SIZES[0])
+        columns = {
+            "rho": "rho",
+            "1 + (P - 1) rho": "1 + (P - 1) rho",
+            "n E[d^2]": "error of the mean",
+            "2 n E[(1 - r)^2]": "error of the deviation",
+            "n_eq over n": "n_eq over n",
+        }
+        yield LabTable(
+            f"What the values of {SIZES[0]} images are worth in each layer of the network",
+            ("layer", "positions P", *columns),
+            tuple(
+                (
+                    f"{layer}",
+                    f"{_positions(smallest, layer):g}",
+                    *(cell(smallest.mean(_of(figure, layer))) for figure in columns.values()),
+                )
+                for layer in LAYERS
+            ),
+            (
+                "Of independent normal values the last three are 1, but for small n. rho is the correlation of two"
+                " positions of an image at inference: where it is below 0, images differ less in their mean than"
+                " independent values would let them. Means over channels.",
+            ),
+        )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """The network."""
+        yield f"{conv_net_architecture(budget.data)} It was trained with batches of 64."
+
+
+def _of(figure: str, layer: int) -> str:
+    return f"{figure}, layer {layer}"
+
+
+def _positions(network: Results, layer: int) -> float:
+    return next(iter(network.values(_of("positions", layer))), 1.0)
+
+
+def _of_layer(network: Results, figure: str, layer: int) -> LabSeries:
+    """Against the number of values that the layer's channels have in a batch."""
+    found = network.series(_of(figure, layer), "batch", f"layer {layer} of the network")
+    return replace(found, x=tuple(size * _positions(network, layer) for size in SIZES))
 
 
 def _e(n: float) -> float:
@@ -193,20 +282,52 @@ def _in_network(model: nn.Sequential, images: Images, size: int, budget: Budget)
         for _ in range(2):
             order = torch.randperm(usable)
             differences.append(_gradient(model, pixels[order], labels[order], size) - exact)
-    found = [_mismatch(layer, calls) for layer, calls in zip(layers, seen, strict=True)]
-    worth = [(equivalent_batch_size(D) or math.inf) / calls[0].values for D, calls in zip(found, seen, strict=True)]
     bias = float(differences[0] @ differences[1])
+    found = {"gradient bias": math.copysign(math.sqrt(abs(bias)), bias) / float(exact.norm())}
+    for number, (layer, calls) in enumerate(zip(layers, seen, strict=True), start=1):
+        effect, positions = _design_effect(model, layer, pixels)
+        figures = _of_calls(layer, calls, effect, (usable - size) / (usable - 1))
+        figures |= {"positions": positions, "1 + (P - 1) rho": effect, "rho": (effect - 1) / max(positions - 1, 1)}
+        found |= {_of(name, number): figure for name, figure in figures.items()}
+    return found
+
+
+def _of_calls(layer: BatchNorm, calls: Sequence[Call], effect: float, left: float) -> dict[str, float]:
+    """Of batches, against the statistics that the layer has; means over channels and batches.
+
+    Args:
+        layer, calls: The layer, and what it got.
+        effect: 1 + (P - 1) rho.
+        left: What is left of a squared error where batches are drawn without replacement.
+    """
+    mean, variance = (torch.stack([getattr(call, name) for call in calls]) for name in ("mean", "variance"))
+    n = calls[0].values
+    r, d = corrections(mean, variance, layer.running_mean, layer.running_var)
+    of_mean, of_deviation = d.square().mean().item(), (1 - r).square().mean().item()
+    mismatch = of_mean + of_deviation
+    worth = (equivalent_batch_size(mismatch) or math.inf) / n
     return {
-        **{f"D of layer {number}": D for number, D in enumerate(found, start=1)},
-        "worth": math.fsum(worth) / len(worth),
-        "gradient bias": math.copysign(math.sqrt(abs(bias)), bias) / float(exact.norm()),
+        "D": mismatch,
+        "r": r.mean().item(),
+        "d": math.sqrt(of_mean),
+        "variance error": (variance / layer.running_var * n / (n - 1) - 1).square().mean().item(),
+        "n_eq over n": worth,
+        "error of the mean": n * of_mean,
+        "error of the deviation": 2 * n * of_deviation,
+        "squared d over the formula's": n * of_mean / (effect * left),
     }
 
 
-def _mismatch(layer: BatchNorm, calls: Iterable[Call]) -> float:
-    """D of batches, with the statistics that the layer has."""
-    each = [mismatch(call.mean, call.variance, layer.running_mean, layer.running_var) for call in calls]
-    return float(torch.stack(each).mean())
+def _design_effect(model: nn.Module, layer: BatchNorm, pixels: Tensor) -> tuple[float, int]:
+    """1 + (P - 1) rho of what the layer gets at inference, mean over channels, and the number of positions P.
+
+    It is P times the variance of the means of images over the variance of all values.
+    """
+    model.eval()
+    values = input_of(model, layer, pixels).flatten(2)
+    of_images = values.mean(2).var(0, unbiased=False)
+    positions = values.shape[2]
+    return float((positions * of_images / values.var((0, 2), unbiased=False)).mean()), positions
 
 
 def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor, size: int) -> Tensor:
