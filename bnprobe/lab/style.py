@@ -6,7 +6,9 @@ that is a disturbance or the signal. Batch norm keeps both. The affine bridge be
     z = b z_instance + (1 - b) (r z_instance + d),
 
 where z_instance is the image normalized with its own statistics, and r and d lead from these to the running ones
-(``bnprobe.nn.InstanceRenorm2d``): b = 1 is instance norm, b = 0 is batch norm at inference.
+(``bnprobe.nn.InstanceRenorm2d``): b = 1 is instance norm, b = 0 gives what batch norm gives at inference, and gives it
+in training too. That is not batch norm: r and d are constants to the gradient (Batch Renorm with batches of one image),
+so that the gradient is that of instance norm, whatever b, and no statistics of the batch normalize.
 
 Networks with several blends, and with batch norm, are trained on images as they are, and scored on images whose style
 was drawn at random: x becomes gain * x^contrast + offset, with one draw of each for an image, of a width that is swept.
@@ -22,25 +24,31 @@ import torch
 from torch import Tensor
 
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above
+from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, average, cell
 from bnprobe.lab.layers import BatchNorm
-from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, train
+from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, held_out_accuracy, train
 from bnprobe.nn import InstanceRenorm2d
-from bnprobe.records import Claim, LabChart
+from bnprobe.records import Claim, LabChart, LabTable
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WIDTHS = (0.0, 0.3, 0.6)
 """Standard deviation of log gain, of the offset in units of the images' own, and twice that of log contrast."""
 
 PLAIN, STYLED = "images as they are", "images of random style"
-BATCH_NORM = "batch norm"
+BATCH_NORM, RUNNING, HALF, INSTANCE = "batch norm", "blend 0: running statistics", "blend 0.5", "blend 1: instance norm"
 NORMS: Mapping[str, Norm] = {
     BATCH_NORM: BatchNorm,
-    **{f"blend {blend:g}": functools.partial(InstanceRenorm2d, blend=blend) for blend in BLENDS},
+    **{
+        name: functools.partial(InstanceRenorm2d, blend=blend)
+        for name, blend in zip((RUNNING, "blend 0.25", HALF, "blend 0.75", INSTANCE), BLENDS, strict=True)
+    },
 }
-INSTANCE, HALF = "blend 1", "blend 0.5"
 
-BATCH, STEPS, RATE = 32, 400, 0.02
+BATCH, STEPS, RATE = 32, 400, 0.2
+"""At a tenth of this rate the blends have not learned the training images by the end, and are less accurate for it."""
+
+POINT = 0.01
+"""A loss of accuracy of less than one point counts as none."""
 
 
 class Style(Experiment):
@@ -57,14 +65,16 @@ class Style(Experiment):
         width = WIDTHS[-1] if condition["trained on"] == STYLED else 0.0
         draws = torch.Generator().manual_seed(seed)
         steps = batches(images.train, images.train_labels, BATCH, budget.of(STEPS, 20), draws)
-        train(model, ((restyled(pixels, width, draws), labels) for pixels, labels in steps), RATE)
+        losses: list[float] = []
+        styled = ((restyled(pixels, width, draws), labels) for pixels, labels in steps)
+        train(model, styled, RATE, lambda _, loss: losses.append(loss))
         test = torch.Generator().manual_seed(1000 + seed)  # the same styles for every condition
         return {
             f"accuracy at width {width}": held_out_accuracy(
                 model, restyled(images.test, width, test), images.test_labels
             )
             for width in WIDTHS
-        }
+        } | {"training loss": average(losses[-max(len(losses) // 10, 1) :])}
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What the blend is worth, where style is a disturbance and where there is none."""
@@ -93,6 +103,13 @@ class Style(Experiment):
             half.less(none, instance_norm),
         )
         yield above(
+            "Where styles do not differ, to train with running statistics (blend 0) costs less than a point of accuracy"
+            " against batch norm, which has them at inference alone.",
+            f"{without}, blend 0 less batch norm",
+            plain.where(norm=RUNNING).less(none, batch_norm),
+            -POINT,
+        )
+        yield above(
             "Batch norm trained on random styles is better on them than instance norm trained without.",
             f"{widest}, batch norm trained on styles less instance norm trained without",
             styled.where(norm=BATCH_NORM).less(most, instance_norm),
@@ -111,6 +128,27 @@ class Style(Experiment):
                 ("Width: standard deviation of log gain and of the offset, and twice that of log contrast.",),
                 bounds=SHARE,
             )
+
+    def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
+        """How far each has learned what it was trained on."""
+        arms = {trained: results.where(**{"trained on": trained}) for trained in (PLAIN, STYLED)}
+        yield LabTable(
+            "Training loss at the end",
+            ("weight of the image's own statistics", *arms),
+            tuple(
+                (name, *(cell(arm.where(norm=name).mean("training loss")) for arm in arms.values())) for name in NORMS
+            ),
+            ("Mean over the last tenth of the steps. Where it is high, the network was still learning.",),
+        )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """What blend 0 is, and the network."""
+        yield (
+            "Blend 0 is not batch norm: running statistics normalize in training too, and the gradient takes r and d as"
+            " constants, as Batch Renorm does, here with batches of one image. So it is the gradient of instance norm,"
+            " which does not show what the mean and the gain of an image do to the loss."
+        )
+        yield conv_net_architecture(budget.data)
 
 
 def restyled(images: Tensor, width: float, draws: torch.Generator) -> Tensor:

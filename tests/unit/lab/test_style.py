@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bnprobe import lab
 from bnprobe.lab.experiment import Budget, Results
-from bnprobe.lab.layers import instance_norm
+from bnprobe.lab.layers import BatchRenorm, instance_norm
 from bnprobe.lab.style import BATCH_NORM, INSTANCE, NORMS, PLAIN, Style, restyled
 from bnprobe.nn import InstanceRenorm2d
 
@@ -29,6 +31,23 @@ def test_blend_one_is_instance_norm() -> None:
     torch.testing.assert_close(layer(x), instance_norm(8)(x), rtol=1e-4, atol=1e-5)
 
 
+def test_blend_zero_is_batch_renorm_with_batches_of_one_image() -> None:
+    """Output and gradient are those of each image by itself in Batch Renorm, whose limits are open."""
+    torch.manual_seed(0)
+    images = 1 + 2 * torch.randn(4, 8, 5, 5)
+    blended, single = InstanceRenorm2d(8, blend=0.0), BatchRenorm(8, momentum=0.0, r_max=math.inf, d_max=math.inf)
+    for layer in (blended, single):
+        layer.running_mean.fill_(0.5)
+        layer.running_var.fill_(3.0)
+    by_layer = []
+    for layer, parts in ((blended, [images]), (single, images.split(1))):
+        inputs = [part.clone().requires_grad_() for part in parts]
+        outputs = torch.cat([layer(part) for part in inputs])
+        (outputs.relu() ** 2).sum().backward()
+        by_layer.append((outputs, torch.cat([part.grad for part in inputs if part.grad is not None])))
+    torch.testing.assert_close(*by_layer, rtol=1e-4, atol=1e-4)
+
+
 def test_instance_norm_holds_on_styles_that_batch_norm_does_not_know() -> None:
     plain = {"trained on": PLAIN}
     arms = [Style().trial({**plain, "norm": norm}, 0, Budget(0.5)) for norm in (BATCH_NORM, INSTANCE)]
@@ -42,5 +61,7 @@ def test_a_run_scores_every_layer() -> None:
     report = lab.run("style", budget=0.02, seeds=1, jobs=1)
     results = Results(report.trials).where(**{"trained on": PLAIN})
     assert results.levels("norm") == list(NORMS)
-    assert all(0 <= value <= 1 for trial in results for value in trial.values.values() if isinstance(value, float))
+    scores = [value for trial in results for name, value in trial.values.items() if name.startswith("accuracy")]
+    assert len(scores) == 3 * len(NORMS)
+    assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
     assert {claim.verdict for claim in report.claims} == {"open"}  # one seed decides nothing
