@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from bnprobe.lab.data import POPULATION, Images, batches, load
 from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, near_everywhere, within
 from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
-from bnprobe.lab.networks import batch_norms, conv_net, held_out_accuracy, input_of, take_population, train
+from bnprobe.lab.networks import (
+    batch_norms,
+    conv_net,
+    conv_net_architecture,
+    held_out_accuracy,
+    input_of,
+    take_population,
+    train,
+)
 from bnprobe.records import Claim, LabChart
 
 BEFORE, AFTER = "before batch norm", "behind the last batch norm"
@@ -73,7 +81,7 @@ class Dropout(Experiment):
         """The formula, what the shift costs, and whether new statistics mend it."""
         before, after = results.where(place=BEFORE), results.where(place=AFTER)
         yield near_everywhere(
-            "The variance shift is what the formula says, at every rate.",
+            "The variance shift is 1 + q / (1 - q) * sum w^2 E[x^2] / Var(y), at every rate q (Li et al., section 3).",
             "Measured over the formula's",
             {f"at rate {rate}": before.where(rate=rate).mean("variance shift over the formula") for rate in RATES},
             0.02,
@@ -109,7 +117,9 @@ class Dropout(Experiment):
             after.series("variance shift", "rate", AFTER),
         )
         legend = (
-            "The batch norm layer of the third convolution; the formula with the weights and inputs of each network."
+            "The batch norm layer of the third convolution. The formula is Var(y in training) / Var(y) = 1 + q /"
+            " (1 - q) * sum w^2 E[x^2] / Var(y), with weights w and inputs x of the convolution in each network, its"
+            " output y at inference, and the rate q."
         )
         title = "Variance in training over that at inference"
         yield LabChart("shift", title, "rate of dropout", "ratio of variances", shifts, (legend,))
@@ -119,6 +129,15 @@ class Dropout(Experiment):
             after.series("accuracy", "rate", AFTER),
         )
         yield LabChart("accuracy", "Held-out accuracy", "rate of dropout", "accuracy", accuracies, bounds=SHARE)
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """Where the formula comes from, and the network."""
+        yield (
+            "Inverted dropout multiplies each input x by 0 with probability q, else by 1 / (1 - q): the mean stays, and"
+            " x has the further variance x^2 q / (1 - q). Draws are independent, so that a sum of w x has the sum of"
+            " w^2 times these. Li et al. 2019 (section 3) have two special cases of it."
+        )
+        yield conv_net_architecture(budget.data)
 
 
 def _gain(of_seed: Results, place: str) -> float:
