@@ -199,6 +199,14 @@ class DriftingStreams(Experiment):
             "Means and variances of batches are drawn from their own distributions (normal, chi-squared), but for"
             " correlated values, which are drawn one by one."
         )
+        yield (
+            f"The rules choose the momentum of a batch from those before it. They take E_L, how far batches L apart"
+            " differ, as L S + 2 N, with the drift S of a batch and the noise N, and choose the momentum with"
+            f" m^2 / (1 - m) = S / N, but at least 1 / t at batch t. The rule by {NEIGHBOURS} has N = 1 / B +"
+            f" 1 / (2 (B - 1)) and S from E_1. The rule by {TWO_LENGTHS} has both from E_1 and E_{APART}. The rule by"
+            f" {LEAST} keeps running statistics with each momentum of the grid, and uses those with the least mean D up"
+            " to the batch before."
+        )
         yield "D of random walks and of the rules is computed by the code of bnprobe's momentum sweep."
 
 
