@@ -39,7 +39,15 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import PerWorkerBatchNorm
-from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, keep_statistics, train
+from bnprobe.lab.networks import (
+    Norm,
+    batch_norms,
+    conv_net,
+    conv_net_architecture,
+    held_out_accuracy,
+    keep_statistics,
+    train,
+)
 from bnprobe.lab.workers import Work, train_together
 from bnprobe.records import Claim, Estimate, LabChart
 
@@ -162,6 +170,7 @@ class Freeze(Experiment):
             f"Learning rate {RATE:g} with momentum 0.9, which falls to 0 along half a cosine; trainings that diverged"
             " count with the accuracy that they have, and have no loss."
         )
+        yield conv_net_architecture(budget.data)
 
 
 def _arm(results: Results, workers: int, freeze: str) -> Results:

@@ -161,9 +161,18 @@ class Gan(Experiment):
             y_scale="log",
         )
 
-    def notes(self, results: Results, budget: Budget) -> Iterable[str]:
-        """How limits open."""
-        return (SCHEDULE,)
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """The networks, and how limits open."""
+        channels, height, width = load(budget.data).train.shape[1:]
+        positions = f"{height // 4} x {width // 4} positions"
+        yield (
+            f"The generator: {LATENT} normal numbers, a linear layer to {2 * WIDTH} channels at {positions}, and two"
+            f" transposed convolutions of 4 x 4 (stride 2) to {WIDTH} and {channels}, with batch norm and ReLU before"
+            f" each. The discriminator: convolutions of 4 x 4 (stride 2) to {WIDTH} and {2 * WIDTH} and of 3 x 3 to"
+            f" {2 * WIDTH} channels, the last two with a normalization, leaky ReLU behind each, and a linear layer over"
+            " all positions."
+        )
+        yield SCHEDULE
 
 
 # --- The game ---------------------------------------------------------------------------------------------------------

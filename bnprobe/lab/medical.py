@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, GroupNorm, instance_norm, opening, set_limits
-from bnprobe.lab.networks import Norm, batch_norms, keep_statistics, take_population, train
+from bnprobe.lab.networks import Norm, architecture, batch_norms, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart
 
 BATCH_NORM, RENORM, GROUP, INSTANCE = "batch norm", "Batch Renorm", "group norm", "instance norm"
@@ -140,6 +140,7 @@ class Medical(Experiment):
             f"Each volume of {SIDE} x {SIDE} x {SIDE} voxels is made from the seed: a ball, a shell or a rod on tissue"
             " with noise, under a bias field and a gain that differ from volume to volume."
         )
+        yield architecture(_network(BatchNorm))
         yield SCHEDULE
 
 

@@ -43,7 +43,7 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
-from bnprobe.lab.networks import batch_norms, conv_net, train
+from bnprobe.lab.networks import batch_norms, conv_net, conv_net_architecture, train
 from bnprobe.numbers import count, percent
 from bnprobe.records import Claim, LabChart, LabTable
 
@@ -181,6 +181,7 @@ class Momentum(Experiment):
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:
         """What swapped classes are, and which averages still know where they started."""
+        yield conv_net_architecture(budget.data)
         yield (
             f"Swapped classes: the first half of the classes is drawn {OFTEN} times as often as the others in training,"
             " and the others as often at validation; images and labels are as they are. Accuracies weigh classes by"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bnprobe.lab.data import POPULATION, batches, load
 from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, below, series, within
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
-from bnprobe.lab.networks import Norm, conv_net, keep_statistics, take_population, train
+from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart
 
 STEPS, BATCH, RATE = 150, 64, 0.05
@@ -206,6 +206,7 @@ class OneClass(Experiment):
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:
         """What probes learned from, and what their bits are."""
+        yield conv_net_architecture(budget.data)
         yield (
             "The network learned from half of the training images. Probes learned from the other half, changed as the"
             " target is, and predict the images that were held out, changed alike. Figures without a target are means"

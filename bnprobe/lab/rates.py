@@ -37,7 +37,7 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
-from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, no_norm, train
+from bnprobe.lab.networks import Norm, batch_norms, conv_net, conv_net_architecture, held_out_accuracy, no_norm, train
 from bnprobe.numbers import joined, percent, score
 from bnprobe.records import Claim, Estimate, LabChart, LabTable
 from bnprobe.report.figures import estimate
@@ -224,6 +224,7 @@ class Rates(Experiment):
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:
         """Where this holds, and how far with the usual eps."""
+        yield conv_net_architecture(budget.data)
         scale = results.where(part=SCALE)
         yield (
             "In training alone: at inference the running averages normalize, which do not follow weights and biases"

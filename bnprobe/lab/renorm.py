@@ -28,7 +28,7 @@ from bnprobe.lab.layers import (
     set_limits,
     standardize,
 )
-from bnprobe.lab.networks import conv_net, held_out_accuracy, train
+from bnprobe.lab.networks import conv_net, conv_net_architecture, held_out_accuracy, train
 from bnprobe.records import Claim, LabChart
 
 SIZES = (32, 4, 2)
@@ -201,6 +201,7 @@ class Renorm(Experiment):
             "Group norm and frozen statistics see no batch: they were measured once for each start, and are the same in"
             " all charts of it."
         )
+        yield conv_net_architecture(budget.data)
         yield "The moving averages have momentum 0.1 and move once a step, toward the mean over its batches."
         yield SCHEDULE
 

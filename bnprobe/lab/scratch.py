@@ -29,7 +29,7 @@ from bnprobe.lab.experiment import (
     within,
 )
 from bnprobe.lab.layers import BatchNormByHand
-from bnprobe.lab.networks import Norm, conv_net, held_out_accuracy, no_norm, train
+from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, held_out_accuracy, no_norm, train
 from bnprobe.numbers import score
 from bnprobe.records import Claim, LabChart, LabTable
 
@@ -187,6 +187,10 @@ class Scratch(Experiment):
             ),
             ("Over the largest magnitude of the figure; of all seeds.",),
         )
+
+    def notes(self, results: Results, budget: Budget) -> Iterator[str]:
+        """The network."""
+        yield conv_net_architecture(budget.data)
 
 
 def _trainings(results: Results) -> list[Results]:

@@ -31,7 +31,7 @@ from bnprobe.lab.experiment import (
     series,
 )
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, instance_norm, opening, set_limits
-from bnprobe.lab.networks import accuracy, conv_net, held_out_accuracy, train
+from bnprobe.lab.networks import accuracy, conv_net, conv_net_architecture, held_out_accuracy, train
 from bnprobe.nn import GatedBatchNorm2d
 from bnprobe.records import Claim, LabChart
 
@@ -172,6 +172,12 @@ class Single(Experiment):
 
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:
         """What is the same for all."""
+        yield conv_net_architecture(budget.data)
+        yield (
+            "Gated batch norm: z = g z_image + (1 - g) z_average in training, of the image normalized with its own"
+            " statistics and with the moving averages, where the gate g of each channel is learned; z = z_average at"
+            " inference."
+        )
         yield (
             f"All see the same images: {_seen(budget)[-1]:,}, one at a time with learning rate {RATE}/{BATCH}, or"
             f" {BATCH} at a time with {RATE}."
