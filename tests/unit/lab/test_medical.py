@@ -9,6 +9,7 @@ from torch import nn
 from bnprobe import lab
 from bnprobe.lab.experiment import Budget, Results
 from bnprobe.lab.medical import BATCH_NORM, INSTANCE, NORMS, SIDE, Medical, dice, volumes
+from bnprobe.records import Trial
 
 
 def test_dice_is_that_of_sets() -> None:
@@ -48,6 +49,18 @@ def test_batch_norm_of_one_volume_is_instance_norm_in_training_but_not_at_infere
     assert batch_norm["Dice in train mode"] == pytest.approx(instance, abs=0.02)
     assert isinstance(batch_norm["Dice"], float)
     assert batch_norm["Dice"] < instance - 0.1
+
+
+def test_the_lowest_scores_are_named_with_their_range() -> None:
+    scores = {(1, BATCH_NORM): (0.2, 0.4), (8, INSTANCE): (0.1, 0.7)}
+    trials = [
+        Trial({"norm": norm, "batch": size}, seed, {"Dice": scores.get((size, norm), (0.9, 0.9))[seed]}, 0.0)
+        for size in (1, 8)
+        for norm in NORMS
+        for seed in range(2)
+    ]
+    said = "batch norm at batch 1 (0.3, from 0.2 to 0.4) and instance norm at batch 8 (0.4, from 0.1 to 0.7)."
+    assert any(note.endswith(said) for note in Medical().notes(Results(trials), Budget()))
 
 
 def test_a_run_scores_every_norm_at_every_size() -> None:
