@@ -34,12 +34,15 @@ from bnprobe.config.exporters import EXPORTERS
 from bnprobe.errors import RepairError
 from bnprobe.lab.data import batches, load
 from bnprobe.lab.experiment import NOT_NEGATIVE, Budget, Condition, Experiment, Results, Values, above, below, within
-from bnprobe.lab.networks import train
+from bnprobe.lab.networks import architecture, train
 from bnprobe.numbers import percent
 from bnprobe.records import Claim, LabChart
 
 SIDE, TARGET = 128, 9.0
 """Pixels along a side; milliseconds."""
+
+MARGIN = 0.05
+"""Share of the time that must be saved to count: less may be due to where in memory a network came to lie."""
 
 TORCH, SCRIPT, EXPORT, ONNX = "torch", "torchscript", "torch-export", "onnx"
 PLAIN, FOLDED, INT8 = "batch norm as it is", "batch norm folded", "8 bits"
@@ -103,10 +106,10 @@ class Speed(Experiment):
         )
         for name, found in by_format.items():
             yield below(
-                f"Folding makes {name} faster.",
+                f"Folding makes {name} faster by {MARGIN:.0%} or more.",
                 "Time of an image folded over that as it is, median over images",
                 found.mean("time of folded over plain"),
-                1.0,
+                1 - MARGIN,
                 trained=False,
             )
         yield below(
@@ -125,10 +128,10 @@ class Speed(Experiment):
             )
         for name in _with_8_bits(results):
             yield below(
-                f"8 bits make {name} faster than the folded network.",
+                f"8 bits make {name} faster than the folded network by {MARGIN:.0%} or more.",
                 "Time of an image with 8 bits over that folded, median over images",
                 by_format[name].mean("time of 8 bits over folded"),
-                1.0,
+                1 - MARGIN,
                 trained=False,
             )
 
@@ -149,8 +152,15 @@ class Speed(Experiment):
             f"Times are of one image, enlarged to {SIDE} x {SIDE} pixels, in one thread on {_machine()}."
             f"{_left(results)}"
         )
-        if _missing(ONNX):
-            yield f"{ONNX} was not measured: it needs {_missing(ONNX)}."
+        images = load(budget.data)
+        yield f"{architecture(_network(images.train.shape[1], images.classes))} {SIDE} x {SIDE} pixels go in."
+        if ONNX in results.levels("format"):
+            yield (
+                f"{ONNX}: torch.onnx.export folds batch norm itself, so that the network as it is and the folded one"
+                " are written as the same operations."
+            )
+        else:
+            yield f'{ONNX} was not measured: it needs {_missing(ONNX)}. Run: pip install "bnprobe[lab]".'
         for name in (SCRIPT, ONNX):
             if name in results.levels("format") and name not in _with_8_bits(results):
                 yield (
@@ -188,16 +198,21 @@ def _machine() -> str:
 # --- The network ------------------------------------------------------------------------------------------------------
 
 
+def _network(channels: int, classes: int) -> nn.Sequential:
+    """Five convolutions of stride 2 with torch's batch norm, which exporters know."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise((channels, *CHANNELS)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS[-1], classes))
+
+
 @functools.lru_cache(maxsize=1)
 def _trained(seed: int, budget: Budget) -> nn.Sequential:
-    """Five convolutions of stride 2 with torch's batch norm, which exporters know, in eval mode."""
+    """The network after training, in eval mode."""
     images = load(budget.data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for before, after in pairwise((images.train.shape[1], *CHANNELS)):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS[-1], images.classes))
+        model = _network(images.train.shape[1], images.classes)
         draws = torch.Generator().manual_seed(seed)
         steps = batches(images.train, images.train_labels, BATCH, budget.of(STEPS, 10), draws)
         train(model, ((_enlarged(pixels), labels) for pixels, labels in steps), RATE)

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bnprobe.lab import speed
 from bnprobe.lab.experiment import Budget, Results
 from bnprobe.lab.speed import FOLDED, INT8, PLAIN, Speed, _times, fold
+from bnprobe.records import Trial
 
 
 def _network() -> nn.Sequential:
@@ -74,4 +75,28 @@ def test_onnx_is_measured_where_its_packages_are_and_named_where_they_are_not(mo
 
     monkeypatch.setattr(speed, "is_installed", installed)
     assert [each["format"] for each in Speed().conditions(Budget())] == [speed.TORCH, speed.SCRIPT, speed.EXPORT]
-    assert "onnx was not measured: it needs onnxruntime." in list(Speed().notes(Results(()), Budget()))
+    said = 'onnx was not measured: it needs onnxruntime. Run: pip install "bnprobe[lab]".'
+    assert said in list(Speed().notes(Results(()), Budget()))
+
+
+def test_in_onnx_the_exporter_folds() -> None:
+    onnx = pytest.importorskip("onnx")
+    model = _network().float()
+    images = torch.randn(2, 3, 9, 9)
+    as_it_is, folded = (
+        [node.op_type for node in onnx.load_from_string(speed._written(speed.ONNX, each, images)).graph.node]
+        for each in (model, fold(model))
+    )
+    assert as_it_is == folded
+    assert "BatchNormalization" not in as_it_is
+
+
+def test_to_count_as_faster_a_margin_is_needed() -> None:
+    def verdicts(ratio: float) -> dict[str, str]:
+        values = {"time of folded over plain": ratio, f"p99, {FOLDED}": 1.0}
+        trials = [Trial({"format": speed.TORCH}, seed, values, 0.0) for seed in range(3)]
+        return {claim.text: claim.verdict for claim in Speed().claims(Results(trials), Budget())}
+
+    folding = "Folding makes torch faster by 5% or more."
+    assert verdicts(0.9)[folding] == "shown"
+    assert verdicts(0.99)[folding] == "refuted"
