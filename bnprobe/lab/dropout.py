@@ -24,7 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, Images, batches, load
-from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, near_everywhere, within
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    near_everywhere,
+    told,
+    within,
+)
 from bnprobe.lab.layers import BatchNorm, batch_moments, per_channel
 from bnprobe.lab.networks import (
     batch_norms,
@@ -77,11 +88,24 @@ class Dropout(Experiment):
             RECALIBRATED: held_out_accuracy(model, images.test, images.test_labels),
         }
 
+    def answer(self, results: Results, budget: Budget) -> str:
+        """The shift, its cost, and the remedy, at one rate."""
+        at_rate = results.where(rate=LARGE)
+        before, after = at_rate.where(place=BEFORE), at_rate.where(place=AFTER)
+        gain = at_rate.mean_over_seeds(lambda one: _gain(one, BEFORE) - _gain(one, AFTER))
+        return (
+            f"At rate {LARGE} the variance in training is {told(before.mean('variance shift'))} times that at"
+            f" inference, by the formula {told(before.mean('variance shift by the formula'))} times. Accuracy is"
+            f" {told(after.less('accuracy', before))} less than with dropout {AFTER}; statistics taken anew give back"
+            f" {told(gain)}."
+        )
+
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The formula, what the shift costs, and whether new statistics mend it."""
         before, after = results.where(place=BEFORE), results.where(place=AFTER)
         yield near_everywhere(
-            "The variance shift is 1 + q / (1 - q) * sum w^2 E[x^2] / Var(y), at every rate q (Li et al., section 3).",
+            "The variance shift is 1 + rate / (1 - rate) * sum w^2 E[x^2] / Var(y), at every rate (Li et al., section"
+            " 3).",
             "Measured over the formula's",
             {f"at rate {rate}": before.where(rate=rate).mean("variance shift over the formula") for rate in RATES},
             0.02,
@@ -117,9 +141,9 @@ class Dropout(Experiment):
             after.series("variance shift", "rate", AFTER),
         )
         legend = (
-            "The batch norm layer of the third convolution. The formula is Var(y in training) / Var(y) = 1 + q /"
-            " (1 - q) * sum w^2 E[x^2] / Var(y), with weights w and inputs x of the convolution in each network, its"
-            " output y at inference, and the rate q."
+            "The batch norm layer of the third convolution. The formula is Var(y in training) / Var(y) = 1 + rate /"
+            " (1 - rate) * sum w^2 E[x^2] / Var(y), with weights w and inputs x of the convolution in each network,"
+            " and its output y at inference."
         )
         title = "Variance in training over that at inference"
         yield LabChart("shift", title, "rate of dropout", "ratio of variances", shifts, (legend,))
@@ -133,9 +157,9 @@ class Dropout(Experiment):
     def notes(self, results: Results, budget: Budget) -> Iterator[str]:
         """Where the formula comes from, and the network."""
         yield (
-            "Inverted dropout multiplies each input x by 0 with probability q, else by 1 / (1 - q): the mean stays, and"
-            " x has the further variance x^2 q / (1 - q). Draws are independent, so that a sum of w x has the sum of"
-            " w^2 times these. Li et al. 2019 (section 3) have two special cases of it."
+            "Inverted dropout multiplies each input x by 0 or, with probability 1 - rate, by 1 / (1 - rate): the mean"
+            " stays, and x has the further variance x^2 rate / (1 - rate). Draws are independent, so that a sum of w x"
+            " has the sum of w^2 times these. Li et al. 2019 (section 3) have two special cases of it."
         )
         yield conv_net_architecture(budget.data)
 

@@ -260,6 +260,17 @@ def cell(found: Estimate | None, bounds: Bounds = (None, None)) -> str:
     return estimate(Estimate(found.mean, ends))
 
 
+def told(found: Estimate | float | None) -> str:
+    """A figure in an answer.
+
+    Raises:
+        MissingFigureError: No trial has it.
+    """
+    if found is None:
+        raise MissingFigureError
+    return estimate(found) if isinstance(found, Estimate) else score(found)
+
+
 def bounded(chart: LabChart) -> LabChart:
     """The chart with intervals that end at the bounds of its figures; on a logarithmic axis none is negative."""
     least, most = chart.bounds

@@ -36,6 +36,7 @@ from bnprobe.lab.experiment import (
     below,
     formula,
     series,
+    told,
     within,
 )
 from bnprobe.lab.layers import PerWorkerBatchNorm
@@ -49,6 +50,7 @@ from bnprobe.lab.networks import (
     train,
 )
 from bnprobe.lab.workers import Work, train_together
+from bnprobe.numbers import joined
 from bnprobe.records import Claim, Estimate, LabChart
 
 BATCH, STEPS, RATE = 128, 160, 0.1
@@ -95,6 +97,21 @@ class Freeze(Experiment):
             "loss": _loss(model, images),
             CHANGE: _change(model, images.train),
         }
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What small parts cost, and what freezing costs when."""
+        frozen = joined(
+            [
+                f"{told(_arm(results, ONE, freeze).mean('accuracy'))} after {freeze} of the training"
+                for freeze in FREEZE
+                if freeze != NEVER
+            ]
+        )
+        return (
+            f"Accuracy is {told(_arm(results, ONE, NEVER).mean('accuracy'))} with synchronized statistics and"
+            f" {told(_arm(results, MOST, NEVER).mean('accuracy'))} with those of {BATCH // MOST} images for each"
+            f" worker. Where synchronized ones are frozen it is {frozen}."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What small parts cost, and what freezing costs or mends."""

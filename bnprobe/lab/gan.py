@@ -28,10 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import NOT_NEGATIVE, SHARE, Budget, Condition, Experiment, Results, Values, above, below
+from bnprobe.lab.experiment import (
+    NOT_NEGATIVE,
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    told,
+)
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, mismatch, opening, set_limits
 from bnprobe.lab.networks import Call, Norm, calls_in_training, conv_net, input_of, keep_statistics, train
 from bnprobe.nn import DomainBatchNorm2d, domain
+from bnprobe.numbers import joined
 from bnprobe.records import Claim, LabChart
 from bnprobe.stats.theory import mismatch_iid
 
@@ -73,6 +85,15 @@ class Gan(Experiment):
             **_measured(arm, generator, discriminator, images, budget.of(MEASURED, 4), draws),
             **_quality(generator, images, seed, budget),
         }
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What eval mode costs with one batch norm, and with what may mend it."""
+
+        costs = {arm: results.where(discriminator=arm).mean("cost of eval mode") for arm in (ONE, MIXED, EACH, RENORM)}
+        return (
+            "In eval mode the discriminator loses so much of its accuracy in train mode: "
+            f"{joined([f'{told(cost)} with {arm}' for arm, cost in costs.items()])}."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Whether running statistics fit, what that costs the discriminator, and what the samples are worth."""

@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    told,
+)
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, GroupNorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, architecture, batch_norms, keep_statistics, take_population, train
 from bnprobe.numbers import joined, score
@@ -79,6 +88,16 @@ class Medical(Experiment):
             take_population(model, scans)
             found["Dice with statistics taken anew"] = dice(model.eval(), test, expected)
         return found
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """The score of each at the smallest and the largest batch."""
+
+        scores = [
+            f"{norm} {told(results.where(norm=norm, batch=SINGLE).mean('Dice'))} and"
+            f" {told(results.where(norm=norm, batch=LARGE).mean('Dice'))}"
+            for norm in NORMS
+        ]
+        return f"Held-out Dice score at batch {SINGLE} and at batch {LARGE}: {'; '.join(scores)}."
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What small batches cost each normalization."""

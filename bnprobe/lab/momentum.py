@@ -40,11 +40,12 @@ from bnprobe.lab.experiment import (
     formula,
     near,
     series,
+    told,
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
 from bnprobe.lab.networks import batch_norms, conv_net, conv_net_architecture, train
-from bnprobe.numbers import count, percent
+from bnprobe.numbers import count, joined, percent
 from bnprobe.records import Claim, LabChart, LabTable
 
 MOMENTA = (0.9, 0.5, 0.1, 0.03, 0.01, 0.003)
@@ -95,6 +96,19 @@ class Momentum(Experiment):
             for shift in SHIFTS:
                 found |= _shifted(model, images, shift, seed, budget)
         return found
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What momenta keep of the accuracy, and when it is back."""
+        slowly = results.where(rate=LOW)
+        kept, batches = (
+            joined([f"{told(slowly.where(momentum=m).mean(figure))} with momentum {m:g}" for m in (FAST, USUAL, SLOW)])
+            for figure in (_as_trained(BRIGHTNESS), f"batches, {BRIGHTNESS}")
+        )
+        return (
+            f"Under another brightness the accuracy of a network as it was trained is {kept}. Batches of it in train"
+            f" mode bring the accuracy back to within {BACK:g} of where it ends: {batches}. Their number grows as the"
+            f" time constant -1/ln(1-m) to the power of {told(slowly.mean_over_seeds(_slope))}."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The formula, then who survives what, then the lag in training."""

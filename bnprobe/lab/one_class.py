@@ -24,9 +24,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, batches, load
-from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, below, series, within
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    series,
+    told,
+    within,
+)
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, keep_statistics, take_population, train
+from bnprobe.numbers import joined
 from bnprobe.records import Claim, LabChart
 
 STEPS, BATCH, RATE = 150, 64, 0.05
@@ -111,6 +124,20 @@ class OneClass(Experiment):
         means = {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
         by_target = {f"accuracy, {name}": each["accuracy"] for name, each in zip(TARGETS, found, strict=True)}
         return {**means, **by_target}
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """The bits that are left, in batches of one class."""
+
+        states = (BATCH_STATISTICS, SOURCE, RENORM, LAYER_NORM)
+
+        def bits(what: str) -> str:
+            figures = (results.where(layer=state, batches=ONE_CLASS).mean(_name(3, what, "linear")) for state in states)
+            return joined([f"{told(found)} ({state})" for state, found in zip(states, figures, strict=True)])
+
+        return (
+            f"To a linear probe, {MEANS} of the last normalization tell so many bits of the class: {bits(MEANS)};"
+            f" {POSITIONS}: {bits(POSITIONS)}."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What each layer leaves, and what the network makes of it."""

@@ -34,6 +34,7 @@ from bnprobe.lab.experiment import (
     average,
     mean_of,
     series,
+    told,
     within,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
@@ -129,6 +130,19 @@ class Rates(Experiment):
         if condition["part"] == SWEEP:
             return _trained(images, norm, float(condition["rate"]), seed, budget)
         return _along_gradients(images, norm, seed, budget)
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """How much higher, and what both explanations come to."""
+        higher = results.where(part=SWEEP).mean_over_seeds(_reach)
+        smoothness = results.where(part=SMOOTHNESS)
+        share = smoothness.mean_over_seeds(partial(_share_below, ALONG[0][0], len(_measured(budget))))
+        exact = results.where(part=SCALE).largest(EXACTLY[0][2])
+        times = told(None if higher is None else 10**higher.mean)
+        return (
+            f"The highest rate at which the network learns is {times} times as high with batch norm. With it the scale"
+            f" of weights changes the loss by {told(exact)} of itself, where eps is 0; and at {told(share)} of the"
+            " measured steps the loss varies less along its gradient than without."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """How high the rate may be, then the explanations."""

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.lab.data import Images, batches, load
-from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, series
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    series,
+    told,
+)
 from bnprobe.lab.layers import (
     SCHEDULE,
     BatchNorm,
@@ -134,6 +144,19 @@ class Renorm(Experiment):
             "accuracy": held_out_accuracy(model, images.test, images.test_labels),
             "training loss": sum(last) / len(last),
         }
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """The accuracy of Batch Renorm and batch norm where batches are small, and where they are alike."""
+
+        def both(size: int, kind: str) -> str:
+            arms = ((norm, _arm(results, norm, size, kind)) for norm in (RENORM, BATCH_NORM))
+            return " and ".join(f"{told(arm.mean('accuracy'))} with {norm}" for norm, arm in arms)
+
+        large, small, smallest = SIZES
+        return (
+            f"From scratch, accuracy is {both(smallest, MIXED)} in i.i.d. batches of {smallest}; {both(large, SORTED)}"
+            f" in batches of {large} sorted by class; {both(small, SORTED)} in sorted ones of {small}."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The claims of the paper, of group norm, and of fine-tuning."""

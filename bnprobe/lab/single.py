@@ -29,10 +29,12 @@ from bnprobe.lab.experiment import (
     below,
     near,
     series,
+    told,
 )
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, instance_norm, opening, set_limits
 from bnprobe.lab.networks import accuracy, conv_net, conv_net_architecture, held_out_accuracy, train
 from bnprobe.nn import GatedBatchNorm2d
+from bnprobe.numbers import joined
 from bnprobe.records import Claim, LabChart
 
 IMAGES, BATCH = 4096, 32
@@ -103,6 +105,15 @@ class Single(Experiment):
             "gate": sum(gates) / len(gates) if gates else None,
             **found,
         }
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What each layer keeps of the accuracy."""
+        default = results.where(layer=DEFAULT)
+        kept = {name: results.where(layer=name).over("accuracy", default) for name in SINGLE if name != QUICK}
+        return (
+            f"Of the accuracy of batch norm with batches of {BATCH}, single images leave"
+            f" {joined([f'{told(share)} with {name}' for name, share in kept.items()])}; {LEAST:g} is asked for."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Against the criterion, layer by layer."""

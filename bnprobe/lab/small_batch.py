@@ -37,6 +37,7 @@ from bnprobe.lab.experiment import (
     formula,
     near,
     near_everywhere,
+    told,
 )
 from bnprobe.lab.layers import BatchNorm, corrections
 from bnprobe.lab.networks import (
@@ -50,6 +51,7 @@ from bnprobe.lab.networks import (
     take_population,
     train,
 )
+from bnprobe.numbers import joined
 from bnprobe.records import Claim, Estimate, LabChart, LabSeries, LabTable
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid
 
@@ -74,6 +76,18 @@ class SmallBatch(Experiment):
             return _normal(size, max(budget.of(VALUES) // size, 64))
         images = load(budget.data)
         return _in_network(_trained(images, seed, budget), images, size, budget)
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """How far from exact D is, and what the values of layers are worth."""
+
+        normal, network = results.where(data=NORMAL), results.where(data=NETWORK, batch=SIZES[0])
+        smallest, largest = (told(normal.where(batch=size).mean("D")) for size in (SIZES[0], SIZES[-1]))
+        worth = joined([told(network.mean(_of("n_eq over n", layer))) for layer in LAYERS])
+        return (
+            f"D of independent values is {smallest} at B = {SIZES[0]} and {largest} at B = {SIZES[-1]},"
+            f" {told(_over_formula(normal, 'D', mismatch_iid))} of the formula's. In the three layers of a network n"
+            f" values of {SIZES[0]} images are worth {worth} times n independent ones."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Figures beside their formulas."""

@@ -33,9 +33,20 @@ from bnprobe.commands.exporters import exporter_of, is_installed, quantized, sha
 from bnprobe.config.exporters import EXPORTERS
 from bnprobe.errors import RepairError
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import NOT_NEGATIVE, Budget, Condition, Experiment, Results, Values, above, below, within
+from bnprobe.lab.experiment import (
+    NOT_NEGATIVE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    told,
+    within,
+)
 from bnprobe.lab.networks import architecture, train
-from bnprobe.numbers import percent
+from bnprobe.numbers import joined, percent
 from bnprobe.records import Claim, LabChart
 
 SIDE, TARGET = 128, 9.0
@@ -94,6 +105,17 @@ class Speed(Experiment):
             "same class with 8 bits": agreement,
             "accuracy": (plain.argmax(1) == images.test_labels[: len(test)]).double().mean().item(),
         }
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """How exact and how much faster, and the slowest format."""
+        formats = [str(name) for name in results.levels("format")]
+        times = [f"{told(results.where(format=each).mean('time of folded over plain'))} in {each}" for each in formats]
+        slowest = results.mean_over_seeds(lambda one: max(one.value(f"p99, {FOLDED}", format=each) for each in formats))
+        return (
+            f"Folding changes outputs by {told(results.largest('difference of folded'))} of the largest, and the time"
+            f" of an image is so many times that before: {joined(times)}. The 99th percentile in the slowest format is"
+            f" {told(slowest)} ms, where {TARGET:g} ms are the target."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """Whether folding is exact and faster, whether the target is met, and what 8 bits change."""

@@ -44,10 +44,11 @@ from bnprobe.lab.experiment import (
     cell,
     formula,
     near,
+    told,
     within,
 )
 from bnprobe.lab.layers import EPS
-from bnprobe.numbers import score
+from bnprobe.numbers import joined, score
 from bnprobe.records import Claim, LabChart, LabTable
 from bnprobe.stats.ema import Statistics, Stream, replay, weights
 
@@ -119,6 +120,23 @@ class DriftingStreams(Experiment):
         if part == CORRELATED:
             return _correlated(condition["batches"] == VIDEO, float(condition["correlation"]), momentum, streams)
         return _choice(KINDS[str(condition["drift"])], budget.of(8))
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What the best momentum is worth, and what the rules cost."""
+        ratio = results.where(part=WALK).mean_over_seeds
+        costs = []
+        for rule in RULES:
+            by_kind = [results.where(drift=kind).mean(f"D over the least, {rule}") for kind in KINDS]
+            worst = max((found for found in by_kind if found is not None), key=lambda found: found.mean, default=None)
+            costs.append(f"{told(worst)} by {rule}")
+        largest = told(results.largest("largest error without noise over the lag"))
+        half, more = (told(ratio(partial(_over_best, multiple))) for multiple in (0.5, 1.5))
+        return (
+            f"The largest error that a drift of at most v a batch made without noise is {largest} times v (1 - m) / m."
+            f" On random walks D is {half} and {more} times as large at 0.5 and 1.5 times the momentum with"
+            " m^2 / (1 - m) = q. Momenta chosen without tuning have, on the stream that is worst for each, so many"
+            f" times the D of the best fixed momentum: {joined(costs)}."
+        )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """The best momentum, the rules, the bound, and each formula beside what was measured."""

@@ -8,7 +8,7 @@ that is a disturbance or the signal. Batch norm keeps both. The affine bridge be
 where z_instance is the image normalized with its own statistics, and r and d lead from these to the running ones
 (``bnprobe.nn.InstanceRenorm2d``): b = 1 is instance norm, b = 0 gives what batch norm gives at inference, and gives it
 in training too. That is not batch norm: r and d are constants to the gradient (Batch Renorm with batches of one image),
-so that the gradient is that of instance norm, whatever b, and no statistics of the batch normalize.
+so that the gradient is that of instance norm but for a factor, and no statistics of the batch normalize.
 
 Networks with several blends, and with batch norm, are trained on images as they are, and scored on images whose style
 was drawn at random: x becomes gain * x^contrast + offset, with one draw of each for an image, of a width that is swept.
@@ -24,10 +24,22 @@ import torch
 from torch import Tensor
 
 from bnprobe.lab.data import batches, load
-from bnprobe.lab.experiment import SHARE, Budget, Condition, Experiment, Results, Values, above, average, cell
+from bnprobe.lab.experiment import (
+    SHARE,
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    average,
+    cell,
+    told,
+)
 from bnprobe.lab.layers import BatchNorm
 from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, held_out_accuracy, train
 from bnprobe.nn import InstanceRenorm2d
+from bnprobe.numbers import joined
 from bnprobe.records import Claim, LabChart, LabTable
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -75,6 +87,16 @@ class Style(Experiment):
             )
             for width in WIDTHS
         } | {"training loss": average(losses[-max(len(losses) // 10, 1) :])}
+
+    def answer(self, results: Results, budget: Budget) -> str:
+        """What each does where styles do not differ, and where they differ most."""
+        plain = results.where(**{"trained on": PLAIN})
+        none, most = (f"accuracy at width {width}" for width in (WIDTHS[0], WIDTHS[-1]))
+        scores = [
+            f"{told(plain.where(norm=norm).mean(none))} and {told(plain.where(norm=norm).mean(most))} ({norm})"
+            for norm in (BATCH_NORM, HALF, INSTANCE)
+        ]
+        return f"Accuracy without style, and on the widest, which training did not show: {joined(scores)}."
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
         """What the blend is worth, where style is a disturbance and where there is none."""
@@ -145,7 +167,7 @@ class Style(Experiment):
         """What blend 0 is, and the network."""
         yield (
             "Blend 0 is not batch norm: running statistics normalize in training too, and the gradient takes r and d as"
-            " constants, as Batch Renorm does, here with batches of one image. So it is the gradient of instance norm,"
+            " constants, as Batch Renorm does, here with batches of one image. So it is r times that of instance norm,"
             " which does not show what the mean and the gain of an image do to the loss."
         )
         yield conv_net_architecture(budget.data)
