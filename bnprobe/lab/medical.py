@@ -28,6 +28,7 @@ from bnprobe.lab.experiment import (
     Results,
     Values,
     above,
+    average,
     told,
 )
 from bnprobe.lab.layers import SCHEDULE, BatchNorm, BatchRenorm, GroupNorm, instance_norm, opening, set_limits
@@ -171,17 +172,19 @@ class Medical(Experiment):
             " with noise, under a bias field and a gain that differ from volume to volume."
         )
         yield architecture(_network(BatchNorm))
-        if worst := [_worst(results.where(batch=size)) for size in results.levels("batch")]:
+        if worst := list(filter(None, (_worst(results.where(batch=size)) for size in SIZES))):
             yield f"Lowest Dice score, mean over seeds: {joined(worst)}."
         yield SCHEDULE
 
 
 def _worst(of_size: Results) -> str:
-    """The normalization with the lowest score at a batch size, and its range over seeds."""
-    scores = {norm: of_size.where(norm=norm).values("Dice") for norm in NORMS}
-    norm, found = min(scores.items(), key=lambda item: sum(item[1]) / max(len(item[1]), 1))
+    """The normalization with the lowest score at a batch size, and its range over seeds; empty: no trial has one."""
+    scores = {norm: values for norm in NORMS if (values := of_size.where(norm=norm).values("Dice"))}
+    if not scores:
+        return ""
+    norm, found = min(scores.items(), key=lambda item: average(item[1]))
     size = of_size.levels("batch")[0]
-    return f"{norm} at batch {size} ({score(sum(found) / len(found))}, from {score(min(found))} to {score(max(found))})"
+    return f"{norm} at batch {size} ({score(average(found))}, from {score(min(found))} to {score(max(found))})"
 
 
 def _lost(of_seed: Results, norm: str) -> float:

@@ -188,7 +188,7 @@ class Rates(Experiment):
             "Along the gradient, with batch norm over without",
             "steps of training",
             "ratio, in powers of ten",
-            tuple(series(name, steps, _ratios(smoothness, name)) for name, *_ in ALONG),
+            tuple(series(name, steps, _ratios(smoothness, name, steps)) for name, *_ in ALONG),
             ("Below 0 it is less with batch norm. A single large value of one seed does not decide a mean of powers.",),
         )
         for name, title, y in (
@@ -278,7 +278,7 @@ def _claims_along_gradients(smoothness: Results, steps: Sequence[int]) -> Iterat
     """A share of steps decides, which a spike at one of them does not move."""
     early = steps[: max(len(steps) // 5, 1)]
     for name, finding, letter in ALONG:
-        when = _when(steps, _ratios(smoothness, name))
+        when = _when(steps, _ratios(smoothness, name, steps))
         claims = [(f"With batch norm {finding} (Santurkar et al., figure 4{letter}).", steps)]
         if name == ALONG[0][0]:
             text = f"With batch norm {finding} at the beginning of training, too (section 3.1: especially there)."
@@ -291,14 +291,16 @@ def _claims_along_gradients(smoothness: Results, steps: Sequence[int]) -> Iterat
 
 def _share_below(name: str, most: int, of_seed: Results) -> float:
     """Share of the first measured steps at which a figure is less with batch norm than without."""
-    [ratios] = _ratios_by_seed(of_seed, name)
-    return average([float(ratio < 0) for ratio in ratios[:most] if ratio is not None])
+    ratios = [ratio for of_steps in _ratios_by_seed(of_seed, name) for ratio in of_steps[:most]]
+    return average([float(ratio < 0) for ratio in ratios if ratio is not None])
 
 
-def _ratios(smoothness: Results, name: str) -> list[Estimate | None]:
+def _ratios(smoothness: Results, name: str, steps: Sequence[int]) -> list[Estimate | None]:
     """A figure with batch norm over that without at each measured step, in powers of ten."""
-    by_step = zip(*_ratios_by_seed(smoothness, name), strict=True)
-    return [mean_of([ratio for ratio in ratios if ratio is not None]) for ratios in by_step]
+    by_seed = _ratios_by_seed(smoothness, name)
+    return [
+        mean_of([ratio for ratios in by_seed if (ratio := ratios[place]) is not None]) for place in range(len(steps))
+    ]
 
 
 def _ratios_by_seed(smoothness: Results, name: str) -> list[list[float | None]]:
@@ -334,7 +336,7 @@ def _spans(steps: Sequence[int], chosen: Sequence[bool]) -> str:
 
 def _note_on_the_beginning(smoothness: Results, steps: Sequence[int]) -> Iterator[str]:
     norm, none = (smoothness.where(normalization=arm).along("loss", steps, arm).y[0] for arm in ARMS)
-    longer = _ratios(smoothness, "length of the gradient")[0]
+    longer = _ratios(smoothness, "length of the gradient", steps)[0]
     if norm is not None and none is not None and longer is not None:
         yield (
             f"After {steps[0]} steps the loss is {score(norm)} with batch norm and {score(none)} without, and the"

@@ -130,7 +130,8 @@ class SmallBatch(Experiment):
         first, *others = LAYERS
         over_formula = "squared d over the formula's"
         yield near(
-            "In the first layer the squared error of the mean is (1 + (P - 1) rho) / n.",
+            "In the first layer the squared error of the mean of n values, with a correlation rho of the P positions of"
+            " an image, is (1 + (P - 1) rho) / n.",
             f"E[d^2] over the formula's at B = {smallest}",
             network.where(batch=smallest).mean(_of(over_formula, first)),
             0.05,

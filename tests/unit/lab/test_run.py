@@ -25,6 +25,7 @@ from bnprobe.lab.experiment import (
     SHARE,
     Budget,
     Experiment,
+    MissingFigureError,
     Results,
     above,
     average,
@@ -447,6 +448,8 @@ def test_of_no_figures_nothing_is_concluded(name: str) -> None:
     experiment = load_code(lab.EXPERIMENTS[name].code, name, UsageError)
     trials = [Trial(dict(condition), 0, {}, 0.0) for condition in experiment.conditions(budget)]
     results = Results(trials)
+    with pytest.raises(MissingFigureError):
+        experiment.answer(results, budget)
     assert {claim.verdict for claim in experiment.claims(results, budget)} == {"open"}
     assert list(experiment.charts(results, budget))
     for tables_or_notes in (experiment.tables, experiment.notes):
