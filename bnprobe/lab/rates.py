@@ -135,13 +135,17 @@ class Rates(Experiment):
         """How much higher, and what both explanations come to."""
         higher = results.where(part=SWEEP).mean_over_seeds(_reach)
         smoothness = results.where(part=SMOOTHNESS)
-        share = smoothness.mean_over_seeds(partial(_share_below, ALONG[0][0], len(_measured(budget))))
+        steps = _measured(budget)
+        whole, early = (
+            told(smoothness.mean_over_seeds(partial(_share_below, ALONG[0][0], most)))
+            for most in (len(steps), _early(steps))
+        )
         exact = results.where(part=SCALE).largest(EXACTLY[0][2])
         times = told(None if higher is None else 10**higher.mean)
         return (
             f"The highest rate at which the network learns is {times} times as high with batch norm. With it the scale"
-            f" of weights changes the loss by {told(exact)} of itself, where eps is 0; and at {told(share)} of the"
-            " measured steps the loss varies less along its gradient than without."
+            f" of weights changes the loss by {told(exact)} of itself, where eps is 0; and the loss varies less along"
+            f" its gradient than without at {whole} of the measured steps, and at {early} of the first {_early(steps)}."
         )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
@@ -276,7 +280,7 @@ def _claims_of_rates(sweep: Results) -> Iterator[Claim]:
 
 def _claims_along_gradients(smoothness: Results, steps: Sequence[int]) -> Iterator[Claim]:
     """A share of steps decides, which a spike at one of them does not move."""
-    early = steps[: max(len(steps) // 5, 1)]
+    early = steps[: _early(steps)]
     for name, finding, letter in ALONG:
         when = _when(steps, _ratios(smoothness, name, steps))
         claims = [(f"With batch norm {finding} (Santurkar et al., figure 4{letter}).", steps)]
@@ -287,6 +291,11 @@ def _claims_along_gradients(smoothness: Results, steps: Sequence[int]) -> Iterat
             what = f"Share of the {len(at)} measured steps up to {at[-1]} at which it is less than without"
             claim = above(text, what, smoothness.mean_over_seeds(partial(_share_below, name, len(at))), 0.5)
             yield replace(claim, evidence=f"{claim.evidence}{when}")
+
+
+def _early(steps: Sequence[int]) -> int:
+    """So many of the measured steps are the beginning of training."""
+    return max(len(steps) // 5, 1)
 
 
 def _share_below(name: str, most: int, of_seed: Results) -> float:
