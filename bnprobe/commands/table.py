@@ -312,10 +312,13 @@ def _why_unknown(read: Table, found: Fit, place: int) -> str:
 def _notes(read: Table, found: Fit) -> list[str]:
     sizes = np.bincount(read.design.batch)
     notes = []
-    single = [name for name, size in zip(read.design.batches, sizes, strict=True) if size == 1]
-    if single:
-        has = "has one row" if len(single) == 1 else "have one row each"
-        notes.append(f"{listed(single, 6)} {has}: there is no r, and nothing can be said of the scale.")
+    for rows, (one, several), why in (
+        (1, ("has one row", "have one row each"), "there is no r, and nothing can be said of the scale"),
+        (2, ("has two rows", "have two rows each"), "too few to test the scale"),
+    ):
+        few = [name for name, size in zip(read.design.batches, sizes, strict=True) if size == rows]
+        if few:
+            notes.append(f"{listed(few, 6)} {one if len(few) == 1 else several}: {why}.")
     missing = int(np.isnan(read.values).sum())
     if missing:
         notes.append(

@@ -37,6 +37,9 @@ _DEPENDENT = 1e-8
 CONSTANT = 1e-13
 """Values that differ by less, relative to their size, are the same but for rounding."""
 
+_LEAST_ROWS = 3
+"""Rows of a batch that say something of its scale: two are as far from their median, and one is not at all."""
+
 _NO_EPS = 1e-12
 """What stands for eps, in units of the population's variance: nothing, but a batch of equal values has D = d^2."""
 
@@ -312,7 +315,7 @@ def test_features(found: Fit, design: Design) -> Tests:
         location = _tail(ratio, steps, found.freedom)
         whole = found.null / (found.freedom + steps)
         explained = np.where(found.known & (steps > 0), 1 - (left / found.freedom) / whole, 0.0)
-    scale = _scale_test(_distances(found.residual, design), design)
+    scale = _scale_test(found.residual, design)
     location, scale = np.where(found.known, location, 1.0), np.where(found.known, scale, 1.0)
     either = np.minimum(2 * np.minimum(location, scale), 1.0)
     rate = np.ones_like(either)
@@ -345,17 +348,21 @@ def _distances(residual: Float[Array, "rows features"], design: Design) -> Float
     return away
 
 
-def _scale_test(away: Float[Array, "rows features"], design: Design) -> Float[Array, " features"]:
-    one_hot = design.one_hot
+def _spreads(residual: Float[Array, "rows features"], design: Design) -> tuple[Float[Array, "batches features"], ...]:
+    """Number, sum and sum of squares of the distances of each batch; 0 where they are too few."""
+    away, one_hot = _distances(residual, design), design.one_hot
     there = ~np.isnan(away)
     counts = one_hot.T @ there
-    kept = counts > 1  # one value has no spread
-    sums = one_hot.T @ np.where(there, away, 0.0)
-    squares = one_hot.T @ np.where(there, np.square(away), 0.0)
-    counts, sums, squares = (np.where(kept, each, 0.0) for each in (counts, sums, squares))
-    number, groups = counts.sum(0), kept.sum(0)
+    sums, squares = (one_hot.T @ np.where(there, each, 0.0) for each in (away, np.square(away)))
+    counts, sums, squares = (np.where(counts >= _LEAST_ROWS, each, 0.0) for each in (counts, sums, squares))
+    return counts, sums, squares
+
+
+def _scale_test(residual: Float[Array, "rows features"], design: Design) -> Float[Array, " features"]:
+    counts, sums, squares = _spreads(residual, design)
+    number, groups = counts.sum(0), (counts > 0).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_batches = np.where(kept, np.square(sums) / counts, 0.0).sum(0)
+        of_batches = np.where(counts > 0, np.square(sums) / counts, 0.0).sum(0)
         between = of_batches - np.square(sums.sum(0)) / number
         within = squares.sum(0) - of_batches
         rounding = _NO_EPS * squares.sum(0)
@@ -556,11 +563,10 @@ def _cells(found: Fit, judged: Judged, design: Design) -> Float[Array, "batches 
     """P-values of each batch against the others that agree: twice the smaller one of location and scale."""
     from scipy.special import stdtr
 
-    away = _distances(found.residual, design)
-    there = ~np.isnan(away)
     one_hot = design.one_hot
-    sums = one_hot.T @ np.where(there, away, 0.0)
-    spread = one_hot.T @ np.where(there, np.square(away), 0.0)
+    number, sums, spread = _spreads(found.residual, design)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean_squares = np.where(number > 0, np.square(sums) / number, 0.0)
     p_values = np.ones_like(found.centre)
     means = _within(design.columns, np.ones((len(design.batch), 1)))
     inverse = np.linalg.pinv(_within(means, one_hot))
@@ -580,11 +586,12 @@ def _cells(found: Fit, judged: Judged, design: Design) -> Float[Array, "batches 
             freedom = own + rest - groups - found.effects
             noise = (found.squares[batch] + found.squares[others].sum(0)) / freedom
             location = 2 * stdtr(freedom, -np.abs(step) / np.sqrt(noise * factor))
+            own, rest = number[batch], number[others].sum(0)
             far = sums[batch] / own - sums[others].sum(0) / rest
-            mean_squares = np.square(sums[batch]) / own + (np.square(sums[others]) / found.counts[others]).sum(0)
-            noise = (spread[batch] + spread[others].sum(0) - mean_squares) / (own + rest - groups)
-            scale = 2 * stdtr(own + rest - groups, -np.abs(far) / np.sqrt(noise * (1 / own + 1 / rest)))
-        scale = np.where(own > 1, scale, 1.0)
+            freedom = own + rest - (number[others] > 0).sum(0) - 1
+            noise = (spread - mean_squares)[[*np.flatnonzero(others), batch]].sum(0) / freedom
+            scale = 2 * stdtr(freedom, -np.abs(far) / np.sqrt(noise * (1 / own + 1 / rest)))
+        scale = np.where(own > 0, scale, 1.0)
         p_values[batch] = np.minimum(2 * np.fmin(location, scale), 1.0)
     return p_values
 
