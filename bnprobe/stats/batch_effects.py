@@ -126,6 +126,17 @@ class Design:
             return f"{rows} rows are too few for the effects of {len(self.batches)} batches and of the covariates"
         return None
 
+    def left_over(self) -> list[tuple[str, float]]:
+        """The part of each covariate's variance that batches and other covariates leave, the least of its columns.
+
+        One over it is the variance inflation factor. The design is not confounded.
+        """
+        inverse = np.linalg.pinv(_within(self.columns, self.one_hot))
+        parts = 1 / (len(self.batch) * np.square(inverse).sum(1))
+        sizes = [len(covariate.columns()[1]) for covariate in self.covariates]
+        blocks = np.split(parts, np.cumsum(sizes)[:-1]) if sizes else []
+        return [(each.name, float(block.min())) for each, block in zip(self.covariates, blocks, strict=True)]
+
     def _same_as_batch(self, covariate: Covariate) -> str:
         if covariate.levels is None:
             return f"{covariate.name} has one value in each {self.name}, so that it cannot be told from {self.name}"
