@@ -485,28 +485,29 @@ def _deal(
     left = np.nan_to_num(left)
     left = left - beside @ (np.linalg.pinv(beside) @ left)
     one_hot = (batch[:, None] == np.arange(batch.max() + 1)).astype(np.float64)
-    share = (one_hot / one_hot.sum(0)).T
     inner = np.linalg.pinv(_within(beside, one_hot))
     spread = left.std(0)
     left = left[:, spread > 0] / spread[spread > 0]
     if not left.shape[1]:
-        return np.zeros((1 + DEALT, len(share)))
+        return np.zeros((1 + DEALT, one_hot.shape[1]))
     order = np.lexsort((left[:, 0], batch))  # so that the order of the rows does not matter
-    left, beside, share, inner = left[order], beside[order], share[:, order], inner[:, order]
+    left, beside, inner = left[order], beside[order], inner[:, order]
+    counts = one_hot.sum(0).astype(int)
+    first = np.cumsum(counts) - counts  # rows of a batch are neighbours now
     found: list[Float[Array, "some batches"]] = []
-    together = max(1, _DEALT_VALUES * 10 // (len(share) * left.shape[1]))
+    together = max(1, _DEALT_VALUES * 10 // (len(counts) * left.shape[1]))
     for start in range(0, 1 + DEALT, together):
         moments = []
         for table in range(start, min(start + together, 1 + DEALT)):
             dealt = left[random.permutation(len(left))] if table else left
             if beside.shape[1]:
                 dealt = dealt - beside @ (inner @ dealt)
-            mean = share @ dealt
-            variance = np.maximum(share @ np.square(dealt) - np.square(mean), 0.0)
+            mean, square = (np.add.reduceat(each, first) / counts[:, None] for each in (dealt, np.square(dealt)))
+            variance = np.maximum(square - np.square(mean), 0.0)
             moments.append((mean, variance, dealt.mean(0, keepdims=True), dealt.var(0, keepdims=True)))
         mean, variance, centre, whole = (np.concatenate(each, 1) for each in zip(*moments, strict=True))
         mismatch = _mismatch(mean, variance, centre[0], whole[0])[2]
-        found.append(mismatch.reshape(len(share), len(moments), -1).mean(2).T)
+        found.append(mismatch.reshape(len(counts), len(moments), -1).mean(2).T)
     return np.concatenate(found)
 
 
