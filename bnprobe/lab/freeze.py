@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.data import POPULATION, Images, batches, load
 from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, formula, series, within
 from bnprobe.lab.layers import PerWorkerBatchNorm
 from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, keep_statistics, train
@@ -73,7 +73,7 @@ class Freeze(Experiment):
         return {
             "accuracy": held_out_accuracy(model, images.test, images.test_labels),
             "loss": _loss(model, images),
-            CHANGE: _change(model, images.train),
+            CHANGE: _change(model, images.train[:POPULATION]),
         }
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:
