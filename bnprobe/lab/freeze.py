@@ -25,7 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, formula, series, within
+from bnprobe.lab.experiment import (
+    Budget,
+    Condition,
+    Experiment,
+    Results,
+    Values,
+    above,
+    below,
+    formula,
+    series,
+    within,
+    worst,
+)
 from bnprobe.lab.layers import PerWorkerBatchNorm
 from bnprobe.lab.networks import Norm, batch_norms, conv_net, held_out_accuracy, keep_statistics, train
 from bnprobe.lab.workers import Work, train_together
@@ -231,4 +243,4 @@ def _deviations(images: Images, seed: int, steps: int) -> Values:
 
 def _largest_deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Of any entry, over the largest one of its tensor."""
-    return max(float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
+    return worst(float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnprobe.lab.data import POPULATION, Images, batches, load
-from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, series, within
+from bnprobe.lab.experiment import Budget, Condition, Experiment, Results, Values, above, below, series, within, worst
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, keep_statistics, take_population, train
 from bnprobe.records import Claim, LabChart
@@ -283,7 +283,7 @@ def _told(learned: Looked, held: Looked, classes: int) -> dict[str, float]:
             x, y = _standardized(read(here), read(there))
             for probe, predict in PROBES.items():
                 found[_name(depth, what, probe)] = bits(predict(x, labels, y, classes), expected)
-    return {**found, "between classes": max(shares)}
+    return {**found, "between classes": worst(shares)}
 
 
 def _positions(activations: Tensor) -> Tensor:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bnprobe.lab.experiment import Budget, Results
 from bnprobe.lab.experiments import EXPERIMENTS
+from bnprobe.records import LabReport
+from bnprobe.registry import load_code
 from functional.command import CLEAN, ERROR, Workspace
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -52,6 +55,15 @@ def test_errors_come_before_any_trial(workspace: Workspace, arguments: tuple[str
     found = workspace.run("lab", *arguments)
     assert said in found.error(ERROR)
     assert not (workspace.folder / "bnprobe-lab").exists()
+
+
+def test_results_say_what_their_trials_show() -> None:
+    """As the code of now concludes; claims of speed name the machine."""
+    for path in sorted((DOCS / "lab").glob("*/results.json")):
+        found = LabReport.load(path)
+        experiment = load_code(EXPERIMENTS[found.experiment].code, path.name, ValueError)
+        claims = tuple(experiment.claims(Results(found.trials), Budget(found.budget, found.seeds)))
+        assert found.experiment == "speed" or claims == found.claims, path
 
 
 def test_the_gallery_is_what_the_results_say() -> None:
