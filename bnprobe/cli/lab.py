@@ -109,7 +109,8 @@ def _write(found: LabReport, folder: Path, command: str) -> list[str]:
     names = {"index.html": "html", "RESULTS.md": "markdown", "results.json": "json"}
     how = RenderOptions(command=command)
     texts = {name: escaped_lines(render(found, format_, how)) for name, format_ in names.items()}
-    texts[f"{found.experiment}.svg"] = picture_of_lab(found)
+    if found.charts:
+        texts[f"{found.experiment}.svg"] = picture_of_lab(found)
     write_all({folder / name: text for name, text in texts.items()}, force=True, option="--output-dir")
     return list(texts)
 

@@ -15,7 +15,7 @@ from bnprobe._version import __version__
 from bnprobe.errors import DataError, NothingToProbeError, UsageError
 from bnprobe.files import refuse_input, require_new, write_all
 from bnprobe.loading.table import Choice, Table, endings, read_table
-from bnprobe.numbers import count, listed
+from bnprobe.numbers import count, listed, percent
 from bnprobe.records import (
     SkippedFeature,
     TableAdjustment,
@@ -41,6 +41,9 @@ from bnprobe.wording import from_python, nearest, option
 
 FDR = 0.05
 """The false discovery rate, and the probability that a batch is called off for nothing."""
+
+_LITTLE = 0.05
+"""A covariate of which less than this part of its variance is left beside all else is hardly told apart from it."""
 
 _MOST_ROWS, _MOST_FEATURES = 1_000, 2_000
 """What the picture of the rows is drawn of, at most."""
@@ -124,7 +127,7 @@ def table(
         >>> [round(d) for d in report.batches[2].d]
         [0, 4]
     """
-    choice = Choice(batch, tuple(covariates), tuple(categorical), tuple(features), tuple(ignore))
+    choice = Choice(batch, *map(_names, (covariates, categorical, features, ignore)))
     how = Adjusting.of(None if adjust is None else Path(adjust), reference, mean_only, force)
     return table_report(data, choice, how, fdr, seed)
 
@@ -162,9 +165,14 @@ def adjust_table(
         >>> list(adjusted.columns), bool(adjusted["sodium"].groupby(frame["plate"]).mean().std() < 0.1)
         (['plate', 'calcium', 'sodium'], True)
     """
-    read = _read(data, Choice(batch, tuple(covariates), tuple(categorical), tuple(features), tuple(ignore)))
+    read = _read(data, Choice(batch, *map(_names, (covariates, categorical, features, ignore))))
     found = adjust(read.values, read.design, _place(read, reference), mean_only)
     return read.replaced(found.values, found.left)
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Several, or one by itself."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def table_report(
@@ -177,6 +185,8 @@ def table_report(
     """
     if not 0 < fdr < 1:
         raise UsageError(f"{option('--fdr', fdr)}: give a number between 0 and 1.")
+    if seed < 0:
+        raise UsageError(f"{option('--seed', seed)}: give a whole number of at least 0.")
     if how is not None:
         _require_output(how, data)
     read = _read(data, choice)
@@ -312,10 +322,24 @@ def _why_unknown(read: Table, found: Fit, place: int) -> str:
 def _notes(read: Table, found: Fit) -> list[str]:
     sizes = np.bincount(read.design.batch)
     notes = []
-    single = [name for name, size in zip(read.design.batches, sizes, strict=True) if size == 1]
-    if single:
-        has = "has one row" if len(single) == 1 else "have one row each"
-        notes.append(f"{listed(single, 6)} {has}: there is no r, and nothing can be said of the scale.")
+    for rows, (one, several), why in (
+        (1, ("has one row", "have one row each"), "there is no r, and nothing can be said of the scale"),
+        (2, ("has two rows", "have two rows each"), "too few to test the scale"),
+    ):
+        few = [name for name, size in zip(read.design.batches, sizes, strict=True) if size == rows]
+        if few:
+            notes.append(f"{listed(few, 6)} {one if len(few) == 1 else several}: {why}.")
+    alike: dict[str, list[str]] = {}
+    for name in read.design.batches:
+        alike.setdefault(" ".join(name.casefold().split()), []).append(f'"{name}"')
+    notes += [f"{listed(each)} differ in case or white space alone." for each in alike.values() if len(each) > 1]
+    known = f"{read.design.name} and the other covariates" if len(read.design.covariates) > 1 else read.design.name
+    notes += [
+        f"{name} all but follows from {known}: {percent(part)} of its variance is left. The effects of each are known"
+        " badly, and adjusted values with them."
+        for name, part in read.design.left_over()
+        if part < _LITTLE
+    ]
     missing = int(np.isnan(read.values).sum())
     if missing:
         notes.append(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import UsageError
-from bnprobe.numbers import count
+from bnprobe.numbers import count, listed
 from bnprobe.report.rows import require
 
 _TEST = 4
@@ -27,6 +27,8 @@ _SIZE = 32
 POPULATION = 2048
 """So many images stand for the population, and as many are held out at most: what layers make of all of a large data
 set would not fit into memory."""
+
+_CIFAR_CLASSES = 10
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 
@@ -92,6 +94,8 @@ def _split(pixels: Tensor, labels: Tensor, what: str) -> Images:
 
 
 def _standardized(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, what: str) -> Images:
+    if not len(train):
+        raise UsageError(f"{what}: no image is left to train on, as the first of each class is held out.")
     test, test_labels = test[:POPULATION], test_labels[:POPULATION]
     mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     size = "x".join(map(str, train.shape[1:]))
@@ -109,10 +113,10 @@ def _folder(folder: Path) -> Images:
     require("PIL", "lab", "--data with a folder of images")
     from PIL import Image
 
-    classes = sorted(each for each in folder.iterdir() if each.is_dir())
-    paths = [(path, label) for label, each in enumerate(classes) for path in sorted(each.rglob("*"))]
-    paths = [(path, label) for path, label in paths if path.suffix.lower() in _SUFFIXES and path.is_file()]
-    if len({label for _, label in paths}) < 2:
+    found = {each.name: _images_in(each) for each in sorted(folder.iterdir()) if each.is_dir()}
+    classes = [name for name, images in found.items() if images]
+    paths = [(path, label) for label, name in enumerate(classes) for path in found[name]]
+    if len(classes) < 2:
         raise UsageError(
             f"--data {folder} needs a folder of images for each of two or more classes, or the files of CIFAR-10;"
             f" images end in {', '.join(_SUFFIXES)}."
@@ -121,11 +125,18 @@ def _folder(folder: Path) -> Images:
     for number, (path, _) in enumerate(paths):
         try:
             with Image.open(path) as image:
-                pixels[number] = np.asarray(image.convert("RGB").resize((_SIZE, _SIZE)))
+                deep = image.mode.startswith("I")  # 16 bits, of which Pillow would make 255 whatever is above it
+                shown = Image.fromarray((np.asarray(image) // 256).astype(np.uint8)) if deep else image
+                pixels[number] = np.asarray(shown.convert("RGB").resize((_SIZE, _SIZE)))
         except Exception as error:  # Pillow has many
             raise UsageError(f"The image {path} cannot be read: {error}.") from None
     labels = torch.tensor([label for _, label in paths])
-    return _split(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), labels, folder.resolve().name)
+    what = f"{folder.resolve().name}, {len(classes)} classes ({listed(classes, 4)})"
+    return _split(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), labels, what)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _SUFFIXES and path.is_file()]
 
 
 def _cifar(folder: Path) -> Images:
@@ -143,6 +154,9 @@ def _cifar(folder: Path) -> Images:
     (train, train_labels), (test, test_labels) = parts
     tensors = (torch.from_numpy(each.reshape(-1, 3, 32, 32)).float() for each in (train, test))
     train_pixels, test_pixels = tensors
+    wrong = [int(each) for part in (train_labels, test_labels) for each in part if not 0 <= each < _CIFAR_CLASSES]
+    if wrong:
+        raise UsageError(f"--data {folder} has an image of class {wrong[0]}; those of CIFAR-10 are 0 to 9.")
     labels = (torch.from_numpy(each.astype(np.int64)) for each in (train_labels, test_labels))
     return _standardized(train_pixels, next(labels), test_pixels, next(labels), "CIFAR-10")
 

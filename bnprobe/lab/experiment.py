@@ -146,9 +146,9 @@ class Results:
         found = (trial.values.get(name) for trial in self.trials)
         return [float(value) for value in found if isinstance(value, int | float)]
 
-    def largest(self, *names: str) -> float | None:
-        """The largest of these figures, of all trials; None: no trial has one."""
-        return max((value for name in names for value in self.values(name)), default=None)
+    def largest(self, *names: str) -> float:
+        """`worst` of these figures, of all trials."""
+        return worst(trial.number(name) for name in names for trial in self.trials if name in trial.values)
 
     def mean(self, name: str) -> Estimate | None:
         """The mean of a figure over seeds with its 95% t interval; None: no trial has it."""
@@ -239,6 +239,12 @@ def mean_of(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean, (mean - half, mean + half))
 
 
+def worst(values: Iterable[float | None]) -> float:
+    """The largest; NaN: there are none, or one of them is no number, which ``max`` would pass over."""
+    found = [math.nan if value is None else value for value in values]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=math.nan)
+
+
 def series(name: str, x: Sequence[float | str], y: Sequence[Estimate | None]) -> LabSeries:
     """Estimates against x."""
     ends = [(None, None) if value is None or value.interval is None else value.interval for value in y]
@@ -322,10 +328,10 @@ def below(text: str, what: str, found: Estimate | None, limit: float = 0.0, *, t
     return Claim(text, verdict, _evidence(found, what, f"the claim needs less than {score(limit)}"), trained)
 
 
-def within(text: str, what: str, found: float | None, limit: float) -> Claim:
-    """A claim of exactness: shown where the largest deviation found is at most ``limit``, else refuted."""
-    if found is None:
-        return Claim(text, "open", f"{what}: not measured.")
+def within(text: str, what: str, found: float, limit: float) -> Claim:
+    """A claim of exactness: shown where the largest deviation found is at most ``limit``, else refuted; NaN: open."""
+    if math.isnan(found):
+        return Claim(text, "open", f"{what}: not a number in every trial.")
     verdict: ClaimVerdict = "shown" if found <= limit else "refuted"
     return Claim(text, verdict, f"{what}: {score(found)}, where at most {score(limit)} is allowed.")
 

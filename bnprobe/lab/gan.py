@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.data import Images, batches, load
+from bnprobe.lab.data import POPULATION, Images, batches, load
 from bnprobe.lab.experiment import (
     NOT_NEGATIVE,
     SHARE,
@@ -352,7 +352,7 @@ def pooled(calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
 def _quality(generator: nn.Sequential, images: Images, seed: int, budget: Budget) -> Values:
     """The Frechet distance from images to train on: of samples in both modes, and of held-out images."""
     classifier = _classifier(seed, budget)
-    real = features(classifier, images.train)
+    real = features(classifier, images.train[:POPULATION])
     noise = torch.randn(budget.of(SAMPLES, 512), LATENT).split(BATCH)
     drawn = {mode: torch.cat([generator.train(mode)(each) for each in noise]) for mode in (False, True)}
     distance = frechet_distance(real, features(classifier, drawn[False]))

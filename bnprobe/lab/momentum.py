@@ -42,6 +42,7 @@ from bnprobe.lab.experiment import (
     series,
     told,
     within,
+    worst,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
 from bnprobe.lab.networks import batch_norms, conv_net, conv_net_architecture, train
@@ -313,7 +314,8 @@ def _shifted(model: nn.Module, images: Images, shift: str, seed: int, budget: Bu
     model = copy.deepcopy(model)
     first, many = batch_norms(model)[0], budget.of(POPULATION, 512)
     grid = _grid(first.momentum, budget)
-    aim = batch_norms(_with_population(model, change(next(drawn(images, often, many, 1, seed))[0])))[0].running_mean
+    population = next(drawn(images, often, many, 1, 1000 + seed))[0]  # other images than those of the batches
+    aim = batch_norms(_with_population(model, change(population)))[0].running_mean
     begin = first.running_mean - aim
     accuracies = {0: score(model, held_out, images.test_labels, at_test)}
     left = [1.0]
@@ -407,15 +409,13 @@ def _at_last(shift: str) -> str:
     return f"{shift}: accuracy at the end"
 
 
-def _difference_of_losses(results: Results) -> float | None:
-    by_rate = (results.where(rate=rate) for rate in (LOW, HIGH))
-    pairs = [
-        pair
-        for found in by_rate
-        for momentum in MOMENTA
-        for pair in found.where(momentum=momentum).paired("loss", found.where(momentum=USUAL))
-    ]
-    return max((abs(here - usual) for here, usual in pairs), default=None)
+def _difference_of_losses(results: Results) -> float:
+    losses: dict[tuple[object, int], dict[object, float]] = {}
+    for trial in results:
+        loss = trial.number("loss")
+        of_momenta = losses.setdefault((trial.condition["rate"], trial.seed), {})
+        of_momenta[trial.condition["momentum"]] = math.nan if loss is None else loss
+    return worst(abs(loss - each[USUAL]) for each in losses.values() for loss in each.values())
 
 
 def _constant_over_formula(of_seed: Results) -> float:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnprobe.lab.data import POPULATION, batches, load
+from bnprobe.lab.data import POPULATION, Images, batches, load
 from bnprobe.lab.experiment import (
     SHARE,
     Budget,
@@ -36,6 +36,7 @@ from bnprobe.lab.experiment import (
     series,
     told,
     within,
+    worst,
 )
 from bnprobe.lab.layers import SCHEDULE, Affine, BatchNorm, BatchRenorm, layer_norm, opening, set_limits
 from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, keep_statistics, take_population, train
@@ -119,7 +120,7 @@ class OneClass(Experiment):
             here = _look(model, learned, images.train_labels[probed], sort)
             told = _told(here, _look(model, held, images.test_labels, sort), images.classes)
             if sort:
-                told |= _strangers(model, held, images.test_labels, here, budget.of(STRANGERS, 10), draws)
+                told |= _strangers(model, held, images, here, budget.of(STRANGERS, 10), draws)
             found.append(told)
         means = {name: math.fsum(each[name] for each in found) / len(found) for name in found[0]}
         by_target = {f"accuracy, {name}": each["accuracy"] for name, each in zip(TARGETS, found, strict=True)}
@@ -262,9 +263,10 @@ class Looked(NamedTuple):
 
 
 def _strangers(
-    model: nn.Sequential, pixels: Tensor, labels: Tensor, learned: Looked, count: int, draws: torch.Generator
+    model: nn.Sequential, pixels: Tensor, images: Images, learned: Looked, count: int, draws: torch.Generator
 ) -> dict[str, float]:
     """What the linear probe takes an image for that is in a batch of another class: shares of so many images."""
+    labels = images.test_labels
     taken = torch.randperm(len(labels), generator=draws)[:count]
     seen, company = [], []
     for stranger in taken.tolist():
@@ -277,7 +279,7 @@ def _strangers(
         company.append(host)
     read = _READINGS[POSITIONS]
     x, y = _standardized(read(learned.activations[-1]), read(torch.cat(seen)))
-    predicted = linear(x, learned.labels, y, int(labels.max()) + 1)
+    predicted = linear(x, learned.labels, y, images.classes)
     return {
         "taken for itself": float((predicted == labels[taken]).double().mean()),
         "taken for its company": float((predicted == torch.stack(company)).double().mean()),
@@ -312,7 +314,7 @@ def _told(learned: Looked, held: Looked, classes: int) -> dict[str, float]:
             x, y = _standardized(read(here), read(there))
             for probe, predict in PROBES.items():
                 found[_name(depth, what, probe)] = bits(predict(x, labels, y, classes), expected)
-    return {**found, "between classes": max(shares)}
+    return {**found, "between classes": worst(shares)}
 
 
 def _positions(activations: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from bnprobe.lab.experiment import (
     series,
     told,
     within,
+    worst,
 )
 from bnprobe.lab.layers import EPS, BatchNorm
 from bnprobe.lab.networks import Norm, batch_norms, conv_net, conv_net_architecture, held_out_accuracy, no_norm, train
@@ -251,7 +252,7 @@ class Rates(Experiment):
         curve = scale.along("change of the loss with eps", FACTORS, "").y
         cosine = scale.largest("cosine with eps")
         small, large = curve[FACTORS.index(0.1)], curve[FACTORS.index(10.0)]
-        if small is not None and large is not None and cosine is not None:
+        if small is not None and large is not None and math.isfinite(cosine):
             yield (
                 f"With the usual eps of {EPS:g} the loss changes by {score(small)} of itself where weights are a tenth,"
                 f" and by {score(large)} where they are ten times as large; the largest cosine between a filter and its"
@@ -440,14 +441,14 @@ def _scale(images: Images, seed: int, budget: Budget) -> Values:
         other_eps.append(abs(divided - usual) / usual)
         apart.append(abs(multiplied - divided) / divided)
     return {
-        "change of the loss, eps = 0": max(of_loss),
-        "deviation of the gradient, eps = 0": max(of_gradient),
+        "change of the loss, eps = 0": worst(of_loss),
+        "deviation of the gradient, eps = 0": worst(of_gradient),
         "cosine, eps = 0": _cosine(exact, gradients),
         "cosine with eps": _cosine(model, _loss_and_gradients(model, batch)[1]),
         "deviation of the growth": _growth(exact, images, seed),
         "change of the loss with eps": with_eps,
         "change by another eps": other_eps,
-        "deviation from another eps": max(apart),
+        "deviation from another eps": worst(apart),
         "effect of the bias": _effect_of_bias(exact, batch),
     }
 
@@ -496,7 +497,7 @@ def _growth(model: nn.Module, images: Images, seed: int) -> float:
         for place, (layer, by) in enumerate(zip(_convolutions(model), gradients, strict=True)):
             layer.weight -= 1.0 * by
             expected[place] += by.square().sum().item()
-    return max(abs(length**2 / square - 1) for length, square in zip(_lengths(model), expected, strict=True))
+    return worst(abs(length**2 / square - 1) for length, square in zip(_lengths(model), expected, strict=True))
 
 
 def _effect_of_bias(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
@@ -510,7 +511,7 @@ def _effect_of_bias(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
     there = F.cross_entropy(moved.train()(batch[0]), batch[1])
     shifts = [layer.bias for layer in batch_norms(moved)]
     by_bias, by_shift = (torch.cat(torch.autograd.grad(there, of, retain_graph=True)) for of in (biases, shifts))
-    return max(abs(there.item() - loss) / loss, float(by_bias.norm() / by_shift.norm()))
+    return worst((abs(there.item() - loss) / loss, float(by_bias.norm() / by_shift.norm())))
 
 
 # --- Smoothness -------------------------------------------------------------------------------------------------------
@@ -558,9 +559,9 @@ def _follow(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         changes.append(change)
         smoothnesses.append(change / (reach * RATE * _length(gradient)))
     return {
-        "range of the loss": max(losses) - min(losses),
-        "change of the gradient": max(changes),
-        "effective smoothness": max(smoothnesses),
+        "range of the loss": worst(losses) - min(losses),
+        "change of the gradient": worst(changes),
+        "effective smoothness": worst(smoothnesses),
         "loss": begins,
         "length of the gradient": _length(gradient),
     }

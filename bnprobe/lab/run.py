@@ -32,6 +32,9 @@ from bnprobe.report.rows import require
 TRIALS = "trials.jsonl"
 """The file of a folder in which trials are kept: a line that says what is run, then one for each trial."""
 
+_MOST = 1000
+"""The largest budget, of a week, and the most seeds."""
+
 _LEAST = 256
 """Images to train on: the largest batch of an experiment."""
 
@@ -142,10 +145,10 @@ def _decided(claim: Claim, budget: float) -> Claim:
 
 
 def _checked(row: ExperimentRow, budget: Budget, jobs: int | None) -> Budget:
-    if not (math.isfinite(budget.factor) and budget.factor > 0):
-        raise UsageError(f"The budget must be a number above 0, but is {budget.factor}.")
-    if budget.seeds < 1:
-        raise UsageError(f"At least one seed is needed, but there are {budget.seeds}.")
+    if not 0 < budget.factor <= _MOST:
+        raise UsageError(f"The budget must be a number above 0, and at most {_MOST:,}, but is {budget.factor}.")
+    if not 1 <= budget.seeds <= _MOST:
+        raise UsageError(f"At least one seed is needed, and at most {_MOST:,}, but there are {budget.seeds}.")
     if jobs is not None and jobs < 1:
         raise UsageError(f"At least one process is needed, but there are {jobs}.")
     require("sklearn", "lab", f"The experiment {row.name}")
@@ -203,7 +206,7 @@ def _run(row: ExperimentRow, left: Sequence[tuple[int, Condition]], budget: Budg
         # Workers whose memory has grown are replaced; joblib warns of that.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         try:
-            yield from Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(calls)
+            yield from Parallel(n_jobs=min(jobs, len(left)), return_as="generator_unordered", batch_size=1)(calls)
         except BrokenProcessPool:
             raise MemoryError(
                 "A process that ran trials was ended by the system; the same command goes on, and needs less with fewer"
@@ -268,7 +271,8 @@ class _Kept:
         self.trials: dict[str, Trial] = {}
         self._path = path
         data = None if budget.data is None else str(Path(budget.data).resolve())
-        self._head = {"experiment": row.name, "version": __version__, "budget": budget.factor, "data": data}
+        images = _described(row, budget)
+        self._head = {"experiment": row.name, "version": __version__, "budget": budget.factor, "data": [data, images]}
         if path is not None and not fresh and path.exists():
             self._read(path)
 
@@ -289,7 +293,7 @@ class _Kept:
         for line in lines:
             try:
                 trial = _read_trial(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the line that was being written when the run was stopped
             self.trials[_key(trial.seed, trial.condition)] = trial
 
@@ -311,5 +315,5 @@ class _Kept:
 
 
 def _read_trial(line: Mapping[str, Any]) -> Trial:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in line["values"].items()}
-    return Trial(dict(line["condition"]), line["seed"], values, line["seconds"])
+    seed, seconds = int(line["seed"]), float(line["seconds"])
+    return Trial(dict(line["condition"]), seed, _finite(line["values"]), seconds)

@@ -28,6 +28,7 @@ from bnprobe.lab.experiment import (
     near,
     told,
     within,
+    worst,
 )
 from bnprobe.lab.layers import BatchNormByHand
 from bnprobe.lab.networks import Norm, conv_net, conv_net_architecture, held_out_accuracy, no_norm, train
@@ -188,15 +189,15 @@ class Scratch(Experiment):
     def tables(self, results: Results, budget: Budget) -> Iterator[LabTable]:
         """Every figure of the layer."""
 
-        def worst(name: str, precision: str) -> str:
+        def shown(name: str, precision: str) -> str:
             found = results.where(part=LAYER, precision=precision).largest(name)
-            return "" if found is None else score(found)
+            return "" if math.isnan(found) else score(found)
 
         yield LabTable(
             "Largest relative deviation from torch's BatchNorm2d",
             ("figure", *PRECISIONS),
             tuple(
-                (name, *(worst(name, precision) for precision in PRECISIONS))
+                (name, *(shown(name, precision) for precision in PRECISIONS))
                 for names in CHECKED.values()
                 for name in names
             ),
@@ -260,7 +261,7 @@ def _same_steps(images: Images, precision: torch.dtype, seed: int, budget: Budge
     steps = _steps(budget)
     ours, torchs = (_losses(images, ARMS[name], precision, seed, steps[-1]) for name in (OURS, TORCHS))
     apart = [abs(here - there) / there for here, there in zip(ours, torchs, strict=True)]
-    return {"first steps": max(apart[:FIRST]), "difference": [apart[step - 1] for step in steps]}
+    return {"first steps": worst(apart[:FIRST]), "difference": [apart[step - 1] for step in steps]}
 
 
 def _losses(images: Images, norm: Norm, precision: torch.dtype, seed: int, steps: int) -> list[float]:

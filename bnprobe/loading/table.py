@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.util import find_spec
-from io import BytesIO, StringIO
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,9 +140,8 @@ def read_table(data: Any, choice: Choice) -> Table:
 
 def endings(data: Any) -> tuple[str, ...]:
     """How files may end that take the table."""
-    return (
-        (".h5ad",) if isinstance(data, str | PathLike) and Path(data).suffix == ".h5ad" else (*SEPARATORS, ".parquet")
-    )
+    annotated = Path(data).suffix.lower() == ".h5ad" if isinstance(data, str | PathLike) else _is_annotated(data)
+    return (".h5ad",) if annotated else (*SEPARATORS, ".parquet")
 
 
 # --- Columns ----------------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def endings(data: Any) -> tuple[str, ...]:
 
 def _categories(sheet: Sheet, name: str) -> tuple[Any, tuple[str, ...]]:
     labels = sheet.labels(name)
-    names = sorted(set(labels), key=_natural)
+    names = sorted(set(labels), key=lambda label: (_natural(label), label))
     places = {label: place for place, label in enumerate(names)}
     return np.array([places[label] for label in labels]), tuple(names)
 
@@ -172,11 +171,13 @@ def _covariate(sheet: Sheet, name: str, categorical: bool) -> Covariate:
 
 def _matching(patterns: Sequence[str], names: Sequence[str], flag: str, sheet: Sheet) -> list[str]:
     """The names that patterns match."""
-    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(f"{option(flag)} {pattern}: {sheet.no_column(pattern)}")
-    return found
+    matched = {
+        pattern: {name for name in names if name == pattern or fnmatchcase(name, pattern)} for pattern in patterns
+    }
+    for pattern, found in matched.items():
+        if not found:
+            raise UsageError(f"{option(flag)} {pattern}: {sheet.no_column(pattern, names)}")
+    return [name for name in names if any(name in found for found in matched.values())]
 
 
 class Sheet:
@@ -207,12 +208,13 @@ class Sheet:
         if name not in self.names:
             raise UsageError(self.no_column(name))
 
-    def no_column(self, name: str) -> str:
-        """That there is no such column, and what there is."""
-        near = nearest(name, self.names)
-        there = (
-            f"did you mean {_quoted(near)}?" if near else f"it has {listed([_quoted(each) for each in self.names], 8)}."
-        )
+    def no_column(self, name: str, among: Sequence[str] | None = None) -> str:
+        """That there is no such column among those that may be named, and what there is."""
+        names = self.names if among is None else among
+        if name in self.names and name not in names:
+            return f"the column is the batch or a covariate, or {self.name} has no such feature."
+        near = nearest(name, names)
+        there = f"did you mean {_quoted(near)}?" if near else f"it has {listed([_quoted(each) for each in names], 8)}."
         return f"{self.name} has no column {_quoted(name)}; {there}"
 
     def place(self, row: int, name: str) -> str:
@@ -232,7 +234,13 @@ class Sheet:
         gaps = np.flatnonzero(self.column(name).isna().to_numpy())
         if len(gaps):
             more = f" ({count(len(gaps) - 1, 'more row')} like it)" if len(gaps) > 1 else ""
-            raise DataError(f"{self.place(int(gaps[0]), name)} is empty{more}: every row needs a value. Fill it in.")
+            written = self._written(int(gaps[0]), name)
+            what = f"{_quoted(written)}, which is a missing value" if written else "empty"
+            raise DataError(f"{self.place(int(gaps[0]), name)} is {what}{more}: every row needs a value. Fill it in.")
+
+    def _written(self, row: int, name: str) -> str:
+        """What stands in a cell that has no value; empty: nothing, or it is not known."""
+        return ""
 
     def labels(self, name: str) -> list[str]:
         """The values of a column as text.
@@ -250,16 +258,17 @@ class Sheet:
             DataError: Most of its values are numbers, and one is not, or is infinite; says where.
         """
         import pandas as pd
-        from pandas.api.types import is_bool_dtype
+        from pandas.api.types import infer_dtype, is_string_dtype
 
         column = self.column(name)
-        if is_bool_dtype(column.dtype):
-            return None
         if name in self._numeric:
             values: Float[Array, " rows"] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        elif not is_string_dtype(column.dtype) or infer_dtype(column) == "boolean":
+            return None  # neither text nor any objects: times, categories, truth values
         else:
             there = ~np.asarray(column.isna())
-            converted = pd.to_numeric(column.astype(object), errors="coerce")
+            text = column.astype(object).map(str, na_action="ignore")  # so that no whole number is too large
+            converted = pd.to_numeric(text, errors="coerce")
             values = np.asarray(converted, dtype=np.float64)
             numeric = ~np.isnan(values)
             if not there.any() or (numeric & there).sum() <= _MOSTLY * there.sum() or _is_padded(column[there]):
@@ -311,7 +320,7 @@ class Sheet:
             if found is None:
                 if name in choice.features:
                     raise DataError(f"{self.name}: column {_quoted(name)} of {option('--features')} holds no numbers.")
-            elif not choice.features and _names_rows(name, found):
+            elif not choice.features and (_names_rows(name, found) or self._is_long(name, found)):
                 notes.append(
                     f"{_quoted(name)} names the rows by numbers: it is kept as it is. {option('--features')} takes it"
                     " as a measurement."
@@ -325,6 +334,12 @@ class Sheet:
                 + ": there is nothing to measure."
             )
         return tuple(columns), np.column_stack(list(columns.values())), tuple(notes)
+
+    def _is_long(self, name: str, values: Float[Array, " rows"]) -> bool:
+        """Whether it holds whole numbers of so many digits that floats do not tell them apart."""
+        from pandas.api.types import is_integer_dtype
+
+        return is_integer_dtype(self.column(name).dtype) and bool((np.abs(values) > 2**53).any())
 
     def replaced(self, features: Sequence[str], values: Any, kept: Any) -> Any:
         """A copy with other values."""
@@ -351,9 +366,13 @@ class Sheet:
 
 
 def _as_text(frame: Any, suffix: str) -> bytes:
-    out = StringIO()
-    frame.to_csv(out, sep=SEPARATORS[suffix], index=False, lineterminator="\n")
-    return out.getvalue().encode(errors="backslashreplace")
+    from pandas.api.types import is_integer_dtype
+
+    names_rows = frame.index.names != [None] or not is_integer_dtype(frame.index.dtype)
+    text: str = frame.to_csv(sep=SEPARATORS[suffix], index=names_rows, lineterminator="\n")
+    if "\r" in text:  # which Python puts in quotes only where lines end so
+        text = frame.to_csv(sep=SEPARATORS[suffix], index=names_rows, lineterminator="\r\n")
+    return text.encode(errors="backslashreplace")
 
 
 def _names_rows(name: str, values: Float[Array, " rows"]) -> bool:
@@ -411,9 +430,13 @@ def _sheet_of(data: Any) -> Sheet:
     kind = f"{type(data).__module__}.{type(data).__qualname__}"
     if re.fullmatch(r"pandas\..*DataFrame", kind):
         return Sheet("The data frame", data)
-    if hasattr(data, "obs") and hasattr(data, "var_names"):
+    if _is_annotated(data):
         return _Annotated("The AnnData object", data)
     raise UsageError(f"A table is a path, a pandas.DataFrame or an anndata.AnnData, and not {kind}.")
+
+
+def _is_annotated(data: Any) -> bool:
+    return hasattr(data, "obs") and hasattr(data, "var_names")
 
 
 def _require(package: str, extra: str, what: str) -> None:
@@ -476,6 +499,9 @@ class _Text(Sheet):
         self.require_all(name)
         raw: list[str] = self._raw([name]).iloc[:, 0].tolist()
         return raw
+
+    def _written(self, row: int, name: str) -> str:
+        return str(self._raw([name]).iloc[row, 0])
 
     def written(self, features: Sequence[str], values: Any, kept: Any, suffix: str) -> bytes:
         if suffix == ".parquet":
@@ -560,6 +586,8 @@ class _Annotated(Sheet):
 
     def __init__(self, name: str, data: Any) -> None:
         super().__init__(name, data.obs)
+        if (double := _double([str(each) for each in data.var_names])) is not None:
+            raise DataError(f"{name} has two features that are called {_quoted(double)}.")
         self._data = data
         self._matrix: Float[Array, "rows features"] = _dense(data.X)
 

@@ -110,6 +110,11 @@ class Trial(Record):
     values: Mapping[str, float | tuple[float | None, ...] | None]
     seconds: float
 
+    def number(self, name: str) -> float | None:
+        """A figure; None: it is not there, or no number."""
+        value = self.values.get(name)
+        return float(value) if isinstance(value, int | float) else None
+
 
 @dataclass(frozen=True, repr=False)
 class LabReport(Document):

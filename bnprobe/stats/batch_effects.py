@@ -37,6 +37,9 @@ _DEPENDENT = 1e-8
 CONSTANT = 1e-13
 """Values that differ by less, relative to their size, are the same but for rounding."""
 
+_LEAST_ROWS = 3
+"""Rows of a batch that say something of its scale: two are as far from their median, and one is not at all."""
+
 _NO_EPS = 1e-12
 """What stands for eps, in units of the population's variance: nothing, but a batch of equal values has D = d^2."""
 
@@ -122,6 +125,17 @@ class Design:
         if rows <= needed:
             return f"{rows} rows are too few for the effects of {len(self.batches)} batches and of the covariates"
         return None
+
+    def left_over(self) -> list[tuple[str, float]]:
+        """The part of each covariate's variance that batches and other covariates leave, the least of its columns.
+
+        One over it is the variance inflation factor. The design is not confounded.
+        """
+        inverse = np.linalg.pinv(_within(self.columns, self.one_hot))
+        parts = 1 / (len(self.batch) * np.square(inverse).sum(1))
+        sizes = [len(covariate.columns()[1]) for covariate in self.covariates]
+        blocks = np.split(parts, np.cumsum(sizes)[:-1]) if sizes else []
+        return [(each.name, float(block.min())) for each, block in zip(self.covariates, blocks, strict=True)]
 
     def _same_as_batch(self, covariate: Covariate) -> str:
         if covariate.levels is None:
@@ -312,7 +326,7 @@ def test_features(found: Fit, design: Design) -> Tests:
         location = _tail(ratio, steps, found.freedom)
         whole = found.null / (found.freedom + steps)
         explained = np.where(found.known & (steps > 0), 1 - (left / found.freedom) / whole, 0.0)
-    scale = _scale_test(_distances(found.residual, design), design)
+    scale = _scale_test(found.residual, design)
     location, scale = np.where(found.known, location, 1.0), np.where(found.known, scale, 1.0)
     either = np.minimum(2 * np.minimum(location, scale), 1.0)
     rate = np.ones_like(either)
@@ -345,17 +359,21 @@ def _distances(residual: Float[Array, "rows features"], design: Design) -> Float
     return away
 
 
-def _scale_test(away: Float[Array, "rows features"], design: Design) -> Float[Array, " features"]:
-    one_hot = design.one_hot
+def _spreads(residual: Float[Array, "rows features"], design: Design) -> tuple[Float[Array, "batches features"], ...]:
+    """Number, sum and sum of squares of the distances of each batch; 0 where they are too few."""
+    away, one_hot = _distances(residual, design), design.one_hot
     there = ~np.isnan(away)
     counts = one_hot.T @ there
-    kept = counts > 1  # one value has no spread
-    sums = one_hot.T @ np.where(there, away, 0.0)
-    squares = one_hot.T @ np.where(there, np.square(away), 0.0)
-    counts, sums, squares = (np.where(kept, each, 0.0) for each in (counts, sums, squares))
-    number, groups = counts.sum(0), kept.sum(0)
+    sums, squares = (one_hot.T @ np.where(there, each, 0.0) for each in (away, np.square(away)))
+    counts, sums, squares = (np.where(counts >= _LEAST_ROWS, each, 0.0) for each in (counts, sums, squares))
+    return counts, sums, squares
+
+
+def _scale_test(residual: Float[Array, "rows features"], design: Design) -> Float[Array, " features"]:
+    counts, sums, squares = _spreads(residual, design)
+    number, groups = counts.sum(0), (counts > 0).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_batches = np.where(kept, np.square(sums) / counts, 0.0).sum(0)
+        of_batches = np.where(counts > 0, np.square(sums) / counts, 0.0).sum(0)
         between = of_batches - np.square(sums.sum(0)) / number
         within = squares.sum(0) - of_batches
         rounding = _NO_EPS * squares.sum(0)
@@ -467,28 +485,29 @@ def _deal(
     left = np.nan_to_num(left)
     left = left - beside @ (np.linalg.pinv(beside) @ left)
     one_hot = (batch[:, None] == np.arange(batch.max() + 1)).astype(np.float64)
-    share = (one_hot / one_hot.sum(0)).T
     inner = np.linalg.pinv(_within(beside, one_hot))
     spread = left.std(0)
     left = left[:, spread > 0] / spread[spread > 0]
     if not left.shape[1]:
-        return np.zeros((1 + DEALT, len(share)))
+        return np.zeros((1 + DEALT, one_hot.shape[1]))
     order = np.lexsort((left[:, 0], batch))  # so that the order of the rows does not matter
-    left, beside, share, inner = left[order], beside[order], share[:, order], inner[:, order]
+    left, beside, inner = left[order], beside[order], inner[:, order]
+    counts = one_hot.sum(0).astype(int)
+    first = np.cumsum(counts) - counts  # rows of a batch are neighbours now
     found: list[Float[Array, "some batches"]] = []
-    together = max(1, _DEALT_VALUES * 10 // (len(share) * left.shape[1]))
+    together = max(1, _DEALT_VALUES * 10 // (len(counts) * left.shape[1]))
     for start in range(0, 1 + DEALT, together):
         moments = []
         for table in range(start, min(start + together, 1 + DEALT)):
             dealt = left[random.permutation(len(left))] if table else left
             if beside.shape[1]:
                 dealt = dealt - beside @ (inner @ dealt)
-            mean = share @ dealt
-            variance = np.maximum(share @ np.square(dealt) - np.square(mean), 0.0)
+            mean, square = (np.add.reduceat(each, first) / counts[:, None] for each in (dealt, np.square(dealt)))
+            variance = np.maximum(square - np.square(mean), 0.0)
             moments.append((mean, variance, dealt.mean(0, keepdims=True), dealt.var(0, keepdims=True)))
         mean, variance, centre, whole = (np.concatenate(each, 1) for each in zip(*moments, strict=True))
         mismatch = _mismatch(mean, variance, centre[0], whole[0])[2]
-        found.append(mismatch.reshape(len(share), len(moments), -1).mean(2).T)
+        found.append(mismatch.reshape(len(counts), len(moments), -1).mean(2).T)
     return np.concatenate(found)
 
 
@@ -556,11 +575,10 @@ def _cells(found: Fit, judged: Judged, design: Design) -> Float[Array, "batches 
     """P-values of each batch against the others that agree: twice the smaller one of location and scale."""
     from scipy.special import stdtr
 
-    away = _distances(found.residual, design)
-    there = ~np.isnan(away)
     one_hot = design.one_hot
-    sums = one_hot.T @ np.where(there, away, 0.0)
-    spread = one_hot.T @ np.where(there, np.square(away), 0.0)
+    number, sums, spread = _spreads(found.residual, design)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean_squares = np.where(number > 0, np.square(sums) / number, 0.0)
     p_values = np.ones_like(found.centre)
     means = _within(design.columns, np.ones((len(design.batch), 1)))
     inverse = np.linalg.pinv(_within(means, one_hot))
@@ -580,11 +598,12 @@ def _cells(found: Fit, judged: Judged, design: Design) -> Float[Array, "batches 
             freedom = own + rest - groups - found.effects
             noise = (found.squares[batch] + found.squares[others].sum(0)) / freedom
             location = 2 * stdtr(freedom, -np.abs(step) / np.sqrt(noise * factor))
+            own, rest = number[batch], number[others].sum(0)
             far = sums[batch] / own - sums[others].sum(0) / rest
-            mean_squares = np.square(sums[batch]) / own + (np.square(sums[others]) / found.counts[others]).sum(0)
-            noise = (spread[batch] + spread[others].sum(0) - mean_squares) / (own + rest - groups)
-            scale = 2 * stdtr(own + rest - groups, -np.abs(far) / np.sqrt(noise * (1 / own + 1 / rest)))
-        scale = np.where(own > 1, scale, 1.0)
+            freedom = own + rest - (number[others] > 0).sum(0) - 1
+            noise = (spread - mean_squares)[[*np.flatnonzero(others), batch]].sum(0) / freedom
+            scale = 2 * stdtr(freedom, -np.abs(far) / np.sqrt(noise * (1 / own + 1 / rest)))
+        scale = np.where(own > 0, scale, 1.0)
         p_values[batch] = np.minimum(2 * np.fmin(location, scale), 1.0)
     return p_values
 

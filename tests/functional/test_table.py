@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,11 @@ CONFOUNDED = "is confounded: site is the same as plate (P8: b, P9: a, P10: b2, P
         (None, (*PLATE, "--features", "remark"), 'column "remark" of --features holds no numbers'),
         (None, (*PLATE, "--ignore", "IL*,dose"), "has no column of numbers besides"),
         (None, (*PLATE, "--fdr", "2"), "a number between 0 and 1"),
+        (None, (*PLATE, "--seed", "-1"), "at least 0"),
+        (None, (*PLATE, "--features", "plate"), "the column is the batch or a covariate"),
+        (lambda made: made.assign(IL3="9" * 400), PLATE, 'line 2, column "IL3": the value is infinite'),
+        (lambda made: made.assign(plate=made.plate.where(made.index != 5, "None")), PLATE,
+         'line 7, column "plate" is "None", which is a missing value'),
         (None, ("--batch", "sample"), "another one in each row"),
         (lambda made: made.assign(plate="P1"), PLATE, "plate is P1 in all rows"),
         (lambda made: made.assign(IL3=made.IL3.astype(object).where(made.index != 14, "< 0.1")), PLATE,
@@ -209,6 +215,13 @@ def test_a_line_is_that_of_the_file(workspace: Workspace) -> None:
     assert 'line 7, column "a": "oops"' in workspace.run("table", "data.csv", *PLATE).error(ERROR)
 
 
+def test_cells_with_a_carriage_return_stay_one_cell(table: Workspace) -> None:
+    frame().assign(remark="one\rtwo").to_csv(table.folder / "data.csv", index=False, lineterminator="\r\n")
+    table.run("table", "data.csv", *PLATE, "--adjust", "out.csv")
+    with (table.folder / "out.csv").open(newline="") as file:
+        assert {row["remark"] for row in csv.DictReader(file)} == {"one\rtwo"}
+
+
 # --- Other kinds of tables --------------------------------------------------------------------------------------------
 
 
@@ -252,7 +265,15 @@ def test_anndata(workspace: Workspace) -> None:
     frame_adjusted = bnprobe.adjust_table(made, batch="plate", covariates=["dose"])
     np.testing.assert_allclose(adjusted.X, frame_adjusted[names], rtol=1e-9)
     assert list(adjusted.obs["plate"]) == list(made["plate"])
-    assert "ends in .h5ad" in workspace.run("table", "data.h5ad", *PLATE, "--adjust", "out.csv").error(ERROR)
+    (workspace.folder / "data.h5ad").rename(workspace.folder / "DATA.H5AD")
+    assert "ends in .h5ad" in workspace.run("table", "DATA.H5AD", *PLATE, "--adjust", "out.csv").error(ERROR)
+    bnprobe.table(data, batch="plate", covariates="dose", adjust=workspace.folder / "again.h5ad")
+    np.testing.assert_allclose(anndata.read_h5ad(workspace.folder / "again.h5ad").X, adjusted.X)
+    with pytest.raises(UsageError, match='no column "IL99"; did you mean "IL9"'):
+        bnprobe.table(data, batch="plate", features="IL99")
+    data.var_names = ["IL1", *names[1:]]
+    with pytest.raises(DataError, match='two features that are called "IL1"'):
+        bnprobe.adjust_table(data, batch="plate")
 
 
 def test_from_python() -> None:
@@ -276,6 +297,42 @@ def test_from_python() -> None:
         bnprobe.table(3, batch="plate")
     with pytest.raises(DataError, match="two columns"):
         bnprobe.table(pd.concat([made, made[["IL1"]]], axis=1), batch="plate")
+
+
+def test_only_numbers_are_measurements() -> None:
+    """Neither categories, nor truth values with gaps, nor whole numbers that no float tells apart."""
+    made = frame().assign(
+        grade=lambda each: pd.Categorical(each.index % 5),
+        smokes=lambda each: pd.Series([True, False, None] * 32, dtype=object),
+        code=lambda each: 2**60 + each.index * 7919 % 96,
+        phase=lambda each: each.IL1 + 1j,
+    )
+    adjusted = bnprobe.adjust_table(made, batch="plate", covariates="dose")
+    for name in ("grade", "smokes", "code", "phase"):
+        assert adjusted[name].equals(made[name])
+    assert [name for name in made if not adjusted[name].equals(made[name])] == [f"IL{number}" for number in range(12)]
+
+
+def test_names_of_rows_are_written_and_names_of_columns_are_no_patterns(tmp_path: Path) -> None:
+    made = frame().rename(columns={"IL1": "IL[1]"})
+    named = made.set_index(made["sample"].rename("name"))
+    report = bnprobe.table(named, batch="plate", features=["IL[1]", "IL2*"], adjust=tmp_path / "out.csv")
+    assert [feature.name for feature in report.features] == ["IL[1]", "IL2"]
+    assert rows_of((tmp_path / "out.csv").read_text())[3]["name"] == "00021"
+
+
+def test_names_that_hardly_differ_are_in_one_order_and_said() -> None:
+    made = frame().assign(plate=lambda each: ["1", "01", "001", "p 1", "P 1 ", "P 1"] * 16)
+    report = bnprobe.table(made, batch="plate")
+    assert [batch.name for batch in report.batches][:3] == ["001", "01", "1"]
+    assert '"P 1", "P 1 ", "p 1" differ in case or white space alone.' in report.notes
+
+
+def test_covariates_that_hardly_differ_from_the_batch_are_said() -> None:
+    made = frame().assign(day=lambda each: each.index % 4 + 0.1 * np.sin(each.index * 7.0))
+    (note,) = bnprobe.table(made, batch="plate", covariates="day").notes
+    assert note.startswith("day all but follows from plate: 0.4% of its variance is left.")
+    assert bnprobe.table(made, batch="plate", covariates="dose").notes == ()
 
 
 def test_features_that_cannot_be_judged_are_said_and_stay_as_they_are() -> None:

@@ -77,7 +77,7 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = load(str(tmp_path))
     assert found.train.shape == (12, 3, 32, 32)
     assert found.classes == 2
-    assert found.description.startswith(f"{tmp_path.name}: 12 images")
+    assert found.description.startswith(f"{tmp_path.name}, 2 classes (cats, dogs): 12 images")
     monkeypatch.chdir(tmp_path)
     os.mkfifo("dogs/8.png")  # reading it would wait for ever
     assert load(".").description == found.description
@@ -87,6 +87,38 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     load.cache_clear()
     with pytest.raises(UsageError, match=r"9\.png cannot be read"):
         load(str(tmp_path))
+
+
+def test_images_of_16_bits_are_no_white_ones_and_folders_without_images_no_classes(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / ".git" / "hooks").mkdir(parents=True)
+    for label in ("bright", "dark"):
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            pixels = np.full((9, 9), 40000 if label == "bright" else 1000, dtype=np.uint16)
+            image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
+    found = load(str(tmp_path))
+    assert found.classes == 2
+    shades = [found.train[found.train_labels == label].unique() for label in (0, 1)]
+    assert [len(each) for each in shades] == [1, 1]
+    assert shades[0] > shades[1]
+
+
+def test_classes_of_one_image_leave_nothing_to_train_on(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for label in ("cats", "dogs"):
+        (tmp_path / label).mkdir()
+        image.new("L", (4, 4)).save(tmp_path / label / "one.png")
+    with pytest.raises(UsageError, match="no image is left to train on"):
+        load(str(tmp_path))
+
+
+def test_classes_that_cifar_has_not_are_named(tmp_path: Path) -> None:
+    folder = cifar(tmp_path / "cifar", binary=False)
+    pixels = np.zeros((2, 3072), dtype=np.uint8)
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": pixels, b"labels": [3, -1]}))
+    with pytest.raises(UsageError, match="an image of class -1; those of CIFAR-10 are 0 to 9"):
+        load(str(folder))
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "short"])

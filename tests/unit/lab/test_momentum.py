@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.lab import momentum
-from bnprobe.lab.data import load
+from bnprobe.lab.data import Images, load
 from bnprobe.lab.experiment import Budget, Results
 from bnprobe.lab.layers import BatchNorm
 from bnprobe.lab.networks import conv_net
@@ -39,6 +40,23 @@ def test_training_does_not_feel_the_momentum_and_scores_do() -> None:
     nothing = momentum._shifted(second, load(None), momentum.BRIGHTNESS, 0, TINY)
     assert nothing["time constant"] is None  # 40 batches are too few
     assert nothing["batches, brightness"] is None
+
+
+def test_what_statistics_are_to_come_to_is_not_taken_from_the_batches_that_they_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first 32 of them would be the population, image by image."""
+    drawn: dict[int, list[int]] = {}
+
+    def watched(images: Images, often: Tensor, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        drawn.setdefault(seed, []).append(size)
+        return original(images, often, size, steps, seed)
+
+    original = momentum.drawn
+    model, _ = trained(0.5)
+    monkeypatch.setattr(momentum, "drawn", watched)
+    momentum._shifted(model, load(None), momentum.BRIGHTNESS, 0, TINY)
+    assert sorted(drawn.values()) == [[momentum.BATCH], [512]]
 
 
 @pytest.mark.parametrize("weight", momentum.MOMENTA)

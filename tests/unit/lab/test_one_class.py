@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bnprobe.lab.data import load
 from bnprobe.lab.experiment import Budget, Results, Values
 from bnprobe.lab.one_class import (
     BATCH_STATISTICS,
@@ -109,6 +112,15 @@ def test_layer_norm_sees_no_batch() -> None:
     one, mixed = measured(LAYER_NORM, ONE_CLASS), measured(LAYER_NORM, MIXED)
     for name in mixed:
         assert one[name] == pytest.approx(mixed[name], abs=0.02), name
+
+
+def test_a_class_that_no_held_out_image_has_is_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large data sets so many images are held out, in which rare classes may be missing."""
+    images = load()
+    rest = images.test_labels < 9
+    fewer = replace(images, test=images.test[rest], test_labels=images.test_labels[rest])
+    monkeypatch.setattr(sys.modules["bnprobe.lab.one_class"], "load", lambda path: fewer)
+    assert measured(SOURCE, ONE_CLASS)["taken for itself"] > 0
 
 
 def test_the_erasure_decides_its_claim() -> None:

@@ -15,10 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import joblib
 import pytest
 import torch
 
 from bnprobe import lab
+from bnprobe.cli.lab import _write
 from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import append
 from bnprobe.lab.experiment import (
@@ -38,6 +40,7 @@ from bnprobe.lab.experiment import (
     near,
     near_everywhere,
     within,
+    worst,
 )
 from bnprobe.lab.run import TRIALS, concluded
 from bnprobe.records import Claim, Estimate, LabChart, LabReport, LabSeries, Trial
@@ -194,6 +197,31 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(rolled(tmp_path).trials) == 6
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        '{"condition": {"sides": 6}, "seed": 0, "values": [], "seconds": 1}',
+        '{"condition": {"sides": 6}, "seed": 0, "values": {"mean": "x"}, "seconds": 1}',
+        '{"condition": {"sides": 6}, "seed": 0, "values": {"mean": 1}, "seconds": "x"}',
+    ],
+)
+def test_a_line_that_is_no_trial_is_run_again(tmp_path: Path, line: str) -> None:
+    whole = rolled(tmp_path)
+    lines = (tmp_path / TRIALS).read_text().splitlines()
+    (tmp_path / TRIALS).write_text("\n".join([lines[0], line, *lines[2:]]))
+    Dice.ran = []
+    assert values(rolled(tmp_path)) == values(whole)
+    assert Dice.ran == [(0, 6)]
+
+
+def test_trials_of_other_images_in_the_same_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rolled(tmp_path)
+    monkeypatch.setattr(sys.modules["bnprobe.lab.run"], "_described", lambda row, budget: "12 images more")
+    with pytest.raises(UsageError, match="another data"):
+        rolled(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "nothing\n", '{"experiment": "rates"}\n'])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / TRIALS).write_text(text)
@@ -207,6 +235,9 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     [
         ({"budget": 0}, "above 0"),
         ({"budget": math.inf}, "above 0"),
+        ({"budget": math.nan}, "above 0"),
+        ({"budget": 1e308}, "at most 1,000"),
+        ({"seeds": 10**9}, "at most 1,000"),
         ({"seeds": 0}, "one seed"),
         ({"jobs": 0}, "one process"),
         ({"data": "folder"}, "makes its own data"),
@@ -226,6 +257,23 @@ def test_an_unknown_experiment_names_the_nearest() -> None:
 def test_several_processes_give_the_same() -> None:
     one, two = (lab.run("small-batch", budget=0.01, seeds=2, jobs=jobs) for jobs in (1, 2))
     assert values(one) == values(two)
+
+
+def test_there_are_no_more_processes_than_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counting(joblib.Parallel):
+        def __init__(self, n_jobs: int, **settings: object) -> None:
+            asked.append(n_jobs)
+            super().__init__(n_jobs=1, **settings)
+
+    monkeypatch.setattr(joblib, "Parallel", Counting)
+    rolled(jobs=1000)
+    assert asked == [6]
+
+
+def test_results_without_a_chart_have_no_picture(tmp_path: Path) -> None:
+    assert _write(rolled(), tmp_path, "bnprobe lab dice") == ["index.html", "RESULTS.md", "results.json"]
 
 
 def test_a_process_that_the_system_ends_is_said_to_have_ended(tmp_path: Path) -> None:
@@ -353,7 +401,7 @@ def test_what_holds_everywhere_is_decided_by_the_worst_and_not_by_the_largest_me
 
 
 def test_exactness() -> None:
-    assert [within("Exact.", "Error", found, 1e-6).verdict for found in (1e-7, 1e-3, None)] == [
+    assert [within("Exact.", "Error", found, 1e-6).verdict for found in (1e-7, 1e-3, math.nan)] == [
         "shown",
         "refuted",
         "open",
@@ -393,7 +441,8 @@ def test_a_figure_of_several_trials_is_made_seed_by_seed_where_none_is_missing()
     averaged = results.averaged("x")
     assert averaged is not None
     assert averaged.mean == pytest.approx((1.5 + 11.5 + 22) / 3)
-    assert (results.largest("none", "x"), results.largest("none")) == (22, None)
+    assert results.largest("none", "x") == 22
+    assert math.isnan(results.largest("none"))
     named = results.several_series("arm", {"x": "figure", "none": "nothing"})
     assert [(each.name, each.x, each.y) for each in named] == [
         ("figure", (1.0, 2.0), (6.0, 12.0)),
@@ -404,6 +453,14 @@ def test_a_figure_of_several_trials_is_made_seed_by_seed_where_none_is_missing()
 def test_two_seeds_that_are_alike_decide_nothing() -> None:
     assert above("It is above.", "Mean", mean_of([0.4, 0.4])).verdict == "open"
     assert above("It is above.", "Mean", mean_of([0.4, 0.4, 0.4])).verdict == "shown"
+
+
+def test_what_is_no_number_in_one_trial_is_not_exact() -> None:
+    """Else the worst deviation of all would be passed over."""
+    trials = [Trial({}, seed, {"error": value}, 0.0) for seed, value in enumerate((1e-9, None, 1e-8))]
+    assert within("Exact.", "Error", Results(trials).largest("error"), 1e-6).verdict == "open"
+    assert within("Exact.", "Error", Results(trials[::2]).largest("error"), 1e-6).verdict == "shown"
+    assert math.isnan(worst([1.0, math.nan, 0.5]))
 
 
 def test_what_intervals_are_over_is_said_once() -> None:

@@ -85,6 +85,27 @@ def test_without_covariates_the_tests_are_those_of_scipy() -> None:
     np.testing.assert_allclose(tests.rate, stats.false_discovery_control(either), rtol=1e-12)
 
 
+def test_two_rows_say_nothing_of_the_scale() -> None:
+    """Both are as far from their median, so that such batches have no variance within and differ for certain."""
+    values, batch, _ = drawn(44, 6, 10)
+    pairs = np.repeat(np.arange(10), 2)
+    of = design(pairs)
+    assert test_features(fit(values[:20], of), of).scale.tolist() == [1.0] * 6
+    batch = np.concatenate([np.repeat([0, 1, 2], 8), 3 + pairs])
+    of = design(batch)
+    tests = test_features(fit(values, of), of)
+    levene = [stats.levene(*(values[batch == number, feature] for number in range(3))).pvalue for feature in range(6)]
+    np.testing.assert_allclose(tests.scale, levene, rtol=1e-9)
+
+
+def test_a_scale_that_differs_is_found_beside_batches_without_values() -> None:
+    values, batch, _ = drawn(120, 6, 4)
+    values[batch == 0, 2] = 8 * (values[batch == 0, 2] - values[batch == 0, 2].mean())
+    values[batch == 3, 2] = np.nan
+    *_, found = measured(values, design(batch))
+    assert np.flatnonzero(found.differs[0]).tolist() == [2]
+
+
 def test_constant_and_missing_features_are_not_known() -> None:
     values, batch, _ = drawn(12, 4, 3)
     values[:, 0], values[:, 1], values[2:, 2] = 0.1, np.nan, np.nan
