@@ -266,15 +266,15 @@ def cell(found: Estimate | None, bounds: Bounds = (None, None)) -> str:
     return estimate(Estimate(found.mean, ends))
 
 
-def told(found: Estimate | float | None) -> str:
-    """A figure in an answer.
+def told(found: Estimate | float | None, bounds: Bounds = (None, None)) -> str:
+    """A figure in an answer, which is within bounds by what it is.
 
     Raises:
         MissingFigureError: No trial has it.
     """
     if found is None:
         raise MissingFigureError
-    return estimate(found) if isinstance(found, Estimate) else score(found)
+    return cell(found, bounds) if isinstance(found, Estimate) else score(found)
 
 
 def bounded(chart: LabChart) -> LabChart:

@@ -103,14 +103,14 @@ class Freeze(Experiment):
         """What small parts cost, and what freezing costs when."""
         frozen = joined(
             [
-                f"{told(_arm(results, ONE, freeze).mean('accuracy'))} after {freeze} of the training"
+                f"{told(_arm(results, ONE, freeze).mean('accuracy'), SHARE)} after {freeze} of the training"
                 for freeze in FREEZE
                 if freeze != NEVER
             ]
         )
         return (
-            f"Accuracy is {told(_arm(results, ONE, NEVER).mean('accuracy'))} with synchronized statistics and"
-            f" {told(_arm(results, MOST, NEVER).mean('accuracy'))} with those of {BATCH // MOST} images for each"
+            f"Accuracy is {told(_arm(results, ONE, NEVER).mean('accuracy'), SHARE)} with synchronized statistics and"
+            f" {told(_arm(results, MOST, NEVER).mean('accuracy'), SHARE)} with those of {BATCH // MOST} images for each"
             f" worker. Where synchronized ones are frozen it is {frozen}."
         )
 

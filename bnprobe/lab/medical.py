@@ -94,8 +94,8 @@ class Medical(Experiment):
         """The score of each at the smallest and the largest batch."""
 
         scores = [
-            f"{norm} {told(results.where(norm=norm, batch=SINGLE).mean('Dice'))} and"
-            f" {told(results.where(norm=norm, batch=LARGE).mean('Dice'))}"
+            f"{norm} {told(results.where(norm=norm, batch=SINGLE).mean('Dice'), SHARE)} and"
+            f" {told(results.where(norm=norm, batch=LARGE).mean('Dice'), SHARE)}"
             for norm in NORMS
         ]
         return f"Held-out Dice score at batch {SINGLE} and at batch {LARGE}: {'; '.join(scores)}."

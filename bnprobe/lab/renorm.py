@@ -150,7 +150,7 @@ class Renorm(Experiment):
 
         def both(size: int, kind: str) -> str:
             arms = ((norm, _arm(results, norm, size, kind)) for norm in (RENORM, BATCH_NORM))
-            return " and ".join(f"{told(arm.mean('accuracy'))} with {norm}" for norm, arm in arms)
+            return " and ".join(f"{told(arm.mean('accuracy'), SHARE)} with {norm}" for norm, arm in arms)
 
         large, small, smallest = SIZES
         return (

@@ -89,8 +89,8 @@ class Scratch(Experiment):
         return (
             f"In float64 no figure of the layer is further than {told(worst)} from torch's, relatively. With it the"
             f" network takes {told(mean_of(_shares(ours, none)))} of the steps that the one without takes to its best"
-            f" accuracy; at the end {told(ours.mean('accuracy'))} of answers are right with it, and"
-            f" {told(none.mean('accuracy'))} without."
+            f" accuracy; at the end {told(ours.mean('accuracy'), SHARE)} of answers are right with it, and"
+            f" {told(none.mean('accuracy'), SHARE)} without."
         )
 
     def claims(self, results: Results, budget: Budget) -> Iterator[Claim]:

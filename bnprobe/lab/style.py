@@ -93,7 +93,7 @@ class Style(Experiment):
         plain = results.where(**{"trained on": PLAIN})
         none, most = (f"accuracy at width {width}" for width in (WIDTHS[0], WIDTHS[-1]))
         scores = [
-            f"{told(plain.where(norm=norm).mean(none))} and {told(plain.where(norm=norm).mean(most))} ({norm})"
+            f"{' and '.join(told(plain.where(norm=norm).mean(each), SHARE) for each in (none, most))} ({norm})"
             for norm in (BATCH_NORM, HALF, INSTANCE)
         ]
         return f"Accuracy without style, and on the widest, which training did not show: {joined(scores)}."
