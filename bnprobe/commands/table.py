@@ -276,12 +276,12 @@ def _place(read: Table, reference: str | None) -> int | None:
 
 
 def _batch(read: Table, found: Fit, judged: Judged, measured: Figures, place: int, kept: Any) -> TableBatch:
-    each = measured.mismatch[place, kept]
+    each, values = measured.mismatch[place, kept], found.counts[place, kept]
     there = ~np.isnan(each)
-    mismatch = float(each[there].mean()) if there.any() else None
+    mismatch = float(np.average(each[there], weights=values[there])) if there.any() else None
     inside = bool(judged.population[place])
     rows = int((read.design.batch == place).sum())
-    total = sum(int((read.design.batch == other).sum()) for other in np.flatnonzero(judged.population))
+    total = float(found.counts[:, kept][judged.population].sum(0).mean()) if len(kept) else 0.0
     size = None if mismatch is None else equivalent_batch_size(mismatch, total if inside else math.inf)
     low, high = judged.interval[place]
     return TableBatch(

@@ -15,7 +15,7 @@ class TableBatch(Record):
     Attributes:
         rows: Rows of the table.
         off: Whether it differs from the batches that agree.
-        mismatch: D, mean over the features; None where it has no values.
+        mismatch: D, mean over the features, by the number of values that it has of each; None where it has none.
         equivalent_batch_size: n_eq: a batch of so many i.i.d. Gaussian rows has this D on average.
         expected: Mean D of a batch of its size, where rows are dealt to the batches at random.
         expected_interval: 95% of such.
