@@ -446,6 +446,14 @@ def test_what_cannot_be_adjusted_stays_as_it_is() -> None:
     assert means[0] == pytest.approx(means[1])
 
 
+def test_a_feature_that_is_constant_in_a_batch_stays_beside_covariates_too() -> None:
+    values, batch, random = drawn(40, 4, 3)
+    values[batch == 1, 2] = 1.0
+    found = adjust(values, design(batch, Covariate("age", random.normal(size=40))))
+    assert found.left.tolist() == [False, False, True, False]
+    assert (found.values[:, 2] == values[:, 2]).all()
+
+
 def test_a_missing_value_changes_no_other_feature_before_shrinkage_and_little_after() -> None:
     values, batch, _ = drawn(60, 50, 3)
     values[batch == 1] += 2
