@@ -81,6 +81,7 @@ class TableAdjustment(Record):
         reference: The batch that the others were brought to; None: the mean of all.
         mean_only: Batches of which the location alone was adjusted.
         unchanged: Features that were left as they are.
+        entangled: Covariates that all but follow from the batch or each other.
         shrunk: Whether estimates lean on those of the other features.
         explained: Part of the variance that batches explain now, beyond chance, mean over features.
         differing: Features that differ between batches now.
@@ -90,6 +91,7 @@ class TableAdjustment(Record):
     reference: str | None
     mean_only: tuple[str, ...]
     unchanged: tuple[str, ...]
+    entangled: tuple[str, ...]
     shrunk: bool
     explained: float
     differing: int

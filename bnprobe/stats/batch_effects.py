@@ -37,6 +37,9 @@ _DEPENDENT = 1e-8
 CONSTANT = 1e-13
 """Values that differ by less, relative to their size, are the same but for rounding."""
 
+SMALLEST = 1e-140
+"""Of values that differ by less the squares are not exact."""
+
 _LEAST_ROWS = 3
 """Rows of a batch that say something of its scale: two are as far from their median, and one is not at all."""
 
@@ -130,15 +133,19 @@ class Design:
         return None
 
     def left_over(self) -> list[tuple[str, float]]:
-        """The part of each covariate's variance that batches and other covariates leave, the least of its columns.
+        """The part of each covariate's variance that batches and other covariates leave; the least of any levels.
 
         One over it is the variance inflation factor. The design is not confounded.
         """
-        inverse = np.linalg.pinv(_within(self.columns, self.one_hot))
-        parts = 1 / (len(self.batch) * np.square(inverse).sum(1))
-        sizes = [len(covariate.columns()[1]) for covariate in self.covariates]
-        blocks = np.split(parts, np.cumsum(sizes)[:-1]) if sizes else []
-        return [(each.name, float(block.min())) for each, block in zip(self.covariates, blocks, strict=True)]
+        columns, parts = self.columns, []
+        place = np.repeat(range(len(self.covariates)), [len(each.columns()[1]) for each in self.covariates])
+        for number, covariate in enumerate(self.covariates):
+            own, others = (_basis(columns[:, each]) for each in (place == number, place != number))
+            beside = _basis(_within(others, self.one_hot))
+            left = _within(own, self.one_hot)
+            left = left - beside @ (beside.T @ left)
+            parts.append((covariate.name, float(np.square(np.linalg.svd(left, compute_uv=False).min()))))
+        return parts
 
     def _same_as_batch(self, covariate: Covariate) -> str:
         if covariate.levels is None:
@@ -268,7 +275,7 @@ def fit(values: Float[Array, "rows features"], design: Design) -> Fit:
             about = about - beside @ (np.linalg.pinv(beside) @ about)
         squared = here.T @ np.square(within)
         total = np.square(about).sum(0)
-        varies = total > len(part) * np.square(CONSTANT * level)
+        varies = total > len(part) * np.square(np.maximum(CONSTANT * level, SMALLEST))
         centre[np.ix_(have, columns)] = (means + mean)[have]
         squares[:, columns] = squared
         null[columns] = total
@@ -486,8 +493,8 @@ def _deal(
     """D of each batch: as it is, and in tables that are dealt at random.
 
     What a row lacks it lacks wherever it is dealt to, so that a batch gets more or fewer values of a feature than it
-    has. By chance D is as one over their number; so it is taken times that number, over the mean of those that the
-    batch has: features count by their values, and those of which the batch has none do not.
+    has, beside other covariates. So D of a dealt table is taken times what it comes to by chance where the values are,
+    over what it comes to where they have been dealt to. The mean is over features, by the values that the batch has.
     """
     basis = _basis(covariates)
     values = values[:, np.argsort(np.isnan(values).any(0), kind="stable")]  # those without gaps are the first
@@ -501,33 +508,35 @@ def _deal(
     left, there, basis = left[order], there[order], basis[order]
     first = np.searchsorted(batch[order], np.arange(number))
     own = np.add.reduceat(there, first)
-    has = own > 0
-    size = own.sum(1) / np.maximum(has.sum(1), 1)
     whole = int(there.all(0).sum())
-    fixed = _Given.of(np.ones((len(left), 1)), basis, first)
+    fixed, by_chance = _Given.of(np.ones((len(left), 1)), basis, first), _Given.of(there, basis, first).by_chance()
     found: list[Float[Array, "some batches"]] = []
     together = max(1, _DEALT_VALUES * 10 // own.size)
     for start in range(0, 1 + DEALT, together):
         moments = []
         for table in range(start, min(start + together, 1 + DEALT)):
             rows = random.permutation(len(left)) if table else np.arange(len(left))
-            dealt, counts = fixed.without(left[rows, :whole]), own
+            dealt, counts, weights = fixed.without(left[rows, :whole]), own, own
             if whole < left.shape[1]:
                 moved = _Given.of(there[rows, whole:], basis, first)
                 dealt = np.concatenate([dealt, moved.without(left[rows, whole:])], 1)
                 counts = np.concatenate([own[:, :whole], moved.counts], 1)
+                here, there_now = (own * by_chance)[:, whole:], moved.by_chance()
+                some = (moved.counts > 0) & (there_now > 0)
+                ratio = np.divide(here, there_now, out=np.zeros_like(here), where=some)
+                weights = np.concatenate([own[:, :whole], ratio], 1)
             sums, squares = (np.add.reduceat(each, first) for each in (dealt, np.square(dealt)))
             mean, square = (each / np.maximum(counts, 1) for each in (sums, squares))
             total = counts.sum(0, keepdims=True)
             centre, raw = (each.sum(0, keepdims=True) / total for each in (sums, squares))
             variances = (np.maximum(each, 0.0) for each in (square - np.square(mean), raw - np.square(centre)))
-            moments.append((mean, centre, *variances, counts))
-        mean, centre, variance, around, counts = (np.concatenate(each, 1) for each in zip(*moments, strict=True))
+            moments.append((mean, centre, *variances, weights, own * (counts > 0)))
+        mean, centre, variance, around, weights, present = (
+            np.concatenate(each, 1) for each in zip(*moments, strict=True)
+        )
         mismatch = np.nan_to_num(_mismatch(mean, variance, centre[0], around[0])[2])
-        here = np.tile(has, len(moments)) & (counts > 0)
-        parts = (np.where(here, counts * mismatch, 0.0), here)
-        weighted, some = (each.reshape(number, len(moments), -1).sum(2).T for each in parts)
-        found.append(weighted / np.maximum(some * size, 1))
+        weighted, sizes = (each.reshape(number, len(moments), -1).sum(2).T for each in (weights * mismatch, present))
+        found.append(weighted / np.maximum(sizes, 1))
     return np.concatenate(found)
 
 
@@ -586,11 +595,19 @@ class _Given:
         left: Float[Array, "rows features"] = values - self.there * (self.basis @ effects.T)
         return left
 
+    def by_chance(self) -> Float[Array, "batches features"]:
+        """What D comes to where all batches are alike: that of d, with the effects to be told apart, and that of r."""
+        number = self.counts.sum(0)
+        offset = self.means - (self.counts * self.means).sum(1, keepdims=True) / np.maximum(number, 1)
+        apart = np.einsum("kbf,fkl,lbf->bf", offset, self.inverse, offset)
+        found: Float[Array, "batches features"] = 1.5 / np.maximum(self.counts, 1) - 1.5 / np.maximum(number, 1) + apart
+        return found
+
 
 def _basis(columns: Float[Array, "rows columns"]) -> Float[Array, "rows some"]:
     """Orthonormal columns that span the given ones around their means."""
     vectors, sizes, _ = np.linalg.svd(columns - columns.mean(0), full_matrices=False)
-    basis: Float[Array, "rows some"] = vectors[:, sizes > _DEPENDENT * math.sqrt(len(columns))]
+    basis: Float[Array, "rows some"] = vectors[:, sizes > _DEPENDENT]
     return basis
 
 

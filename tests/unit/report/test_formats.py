@@ -154,7 +154,9 @@ def test_files_of_different_formats_have_different_names() -> None:
 
 def test_a_format_whose_package_is_missing_says_how_to_get_it_where_it_supports_the_document() -> None:
     with FORMATS.including(replace(ROWS, package="no_such_package", extra="tables")):
-        with pytest.raises(UsageError, match=r"--format rows needs no_such_package: pip install \"bnprobe\[tables\]\"\."):
+        with pytest.raises(
+            UsageError, match=r"--format rows needs no_such_package: pip install \"bnprobe\[tables\]\"\."
+        ):
             renderer("rows", Report)
         with pytest.raises(UsageError, match="--format rows does not support"):
             renderer("rows", SweepReport)

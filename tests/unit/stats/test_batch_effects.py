@@ -106,6 +106,12 @@ def test_a_scale_that_differs_is_found_beside_batches_without_values() -> None:
     assert np.flatnonzero(found.differs[0]).tolist() == [2]
 
 
+def test_values_without_squares_are_not_known() -> None:
+    values, batch, _ = drawn(12, 4, 3)
+    values[:, 0], values[:, 1], values[:, 2] = values[:, 0] * 1e-200, values[:, 1] * 1e-155, values[:, 2] * 1e-120
+    assert fit(values, design(batch)).known.tolist() == [False, False, True, True]
+
+
 def test_constant_and_missing_features_are_not_known() -> None:
     values, batch, _ = drawn(12, 4, 3)
     values[:, 0], values[:, 1], values[2:, 2] = 0.1, np.nan, np.nan
@@ -157,6 +163,29 @@ def test_a_design_that_can_be_told_apart_is_let_pass() -> None:
             SIX, Covariate("x", np.arange(6.0) ** 2), _levels("abbaab"), Covariate("z", np.array([1.0, 5, 2, 2, 9, 4]))
         ).confounding()
     )
+
+
+def test_what_is_left_of_a_covariate_is_what_least_squares_leaves() -> None:
+    _, batch, random = drawn(60, 1, 6)
+    age, dose = random.normal(size=60) + batch, random.normal(size=60)
+    dose += 2 * age
+    beside = (batch[:, None] == np.arange(6)).astype(float)
+    found = design(batch, Covariate("age", age), Covariate("dose", dose)).left_over()
+    for (name, part), own, other in zip(found, (age, dose), (dose, age), strict=True):
+        _, left = _least_squares(own, np.column_stack([beside, other]))
+        assert part == pytest.approx(left / np.square(own - own.mean()).sum(), rel=1e-9), name
+
+
+def test_a_level_that_all_but_follows_from_the_batch_is_seen_and_a_rare_one_is_none() -> None:
+    batch = np.repeat(np.arange(3), 20)
+    rare = _levels(("abcbc" + "bcbcb" * 3) + "bcbcb" * 8)
+    ((_, part),) = design(batch, rare).left_over()
+    assert part > 0.9
+    almost = _levels("a" * 19 + "b" + "bc" * 10 + "cb" * 10)
+    ((_, part),) = design(batch, almost).left_over()
+    assert part == pytest.approx(0.07, abs=0.02)
+    again = Covariate(almost.name, 2 - almost.values, almost.levels)  # whichever is the first
+    assert design(batch, again).left_over()[0][1] == pytest.approx(part)
 
 
 # --- Which batches are off --------------------------------------------------------------------------------------------
@@ -250,11 +279,24 @@ def _dealt_slowly(values: Array, of: Design) -> tuple[Array, Array]:
     order = np.lexsort((left[:, ~np.isnan(values).any(0)][:, 0], of.batch))
     left, age, batch = left[order], age[order], of.batch[order]
     one_hot = (batch[:, None] == np.arange(batches)).astype(float)
+
+    def by_chance(y: Array, each: int) -> float:
+        """The variance of d, and about that of r."""
+        there = ~np.isnan(y)
+        sizes = one_hot[there].sum(0)
+        inverse = np.linalg.pinv(np.column_stack([one_hot, age])[there])
+        contrast = np.append((np.arange(batches) == each) - sizes / sizes.sum(), np.zeros(age.shape[1]))
+        return float(np.square(contrast @ inverse).sum() + 0.5 / sizes[each] - 0.5 / sizes.sum())
+
     has = np.array([[(~np.isnan(y[batch == each])).sum() for y in left.T] for each in range(batches)])
+    usual = [
+        [by_chance(y, each) if size else np.nan for y, size in zip(left.T, row, strict=True)]
+        for each, row in enumerate(has)
+    ]
     random, tables = np.random.default_rng(0), []
     for table in range(200):
         dealt = left[random.permutation(len(left))] if table else left
-        parts: list[list[float]] = [[] for _ in range(batches)]
+        parts: list[list[tuple[float, int]]] = [[] for _ in range(batches)]
         for feature, y in enumerate(dealt.T):
             z = residual(y, np.column_stack([one_hot, age]))
             for each in np.flatnonzero(has[:, feature]):
@@ -262,8 +304,10 @@ def _dealt_slowly(values: Array, of: Design) -> tuple[Array, Array]:
                 own = own[~np.isnan(own)]
                 if len(own):
                     d, r = (own.mean() - np.nanmean(z)) / np.nanstd(z), own.std() / np.nanstd(z)
-                    parts[each].append(len(own) * (d**2 + (r > 0) * (1 - r) ** 2))
-        tables.append([np.mean(part) / row[row > 0].mean() for part, row in zip(parts, has, strict=True)])
+                    chance = by_chance(y, each)  # 0 where no other batch has values
+                    mismatch = (d**2 + (r > 0) * (1 - r) ** 2) * usual[each][feature] / chance if chance > 1e-9 else 0.0
+                    parts[each].append((mismatch, has[each, feature]))
+        tables.append([np.average([one for one, _ in part], weights=[size for _, size in part]) for part in parts])
     relative = (np.array(tables) / np.mean(tables[1:], axis=0) - 1) * np.sqrt((has > 0).mean(1))
     largest = relative[1:].max(1)
     p_values = (1 + (largest >= relative[0][:, None]).sum(1)) / 200
@@ -271,11 +315,12 @@ def _dealt_slowly(values: Array, of: Design) -> tuple[Array, Array]:
 
 
 def test_tables_with_gaps_are_dealt_feature_by_feature() -> None:
-    """Some values are missing in most features, and one batch has none of one."""
+    """Some values are missing in most features, most in one, and a batch has none of another."""
     values, batch, random = drawn(30, 5, 3)
     age = random.normal(size=30) + batch
     values += np.outer(age, random.normal(size=5))
     values[:, 1:][random.random((30, 4)) < 0.2] = np.nan
+    values[8:, 2] = np.nan
     values[batch == 1, 4] = np.nan
     of = design(batch, Covariate("age", age))
     judged = judge(values, of, np.ones(5, bool))
