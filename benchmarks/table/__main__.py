@@ -178,6 +178,7 @@ def _found(tables: int) -> list[str]:
         "independent, normal",
         "correlated, t with 4 degrees of freedom",
         "a covariate that follows the batch",
+        "a covariate that follows the batch, a fifth of the values missing",
     ):
         for shift in SHIFTS:
             outcomes = np.array([_outcome(kind, shift, seed) for seed in range(tables)])
@@ -223,6 +224,8 @@ def _outcome(kind: str, shift: float, seed: int) -> Iterable[float]:
     moved = np.zeros((6, 200))
     moved[[1, 4]] = random.normal(0, 1, (2, 200)) * shift
     values = values + moved[batch]
+    if "missing" in kind:
+        values[random.random(values.shape) < 0.2] = np.nan
     design = Design("plate", tuple("ABCDEF"), batch, covariates)
     found = fit(values, design)
     tests = test_features(found, design)

@@ -100,8 +100,11 @@ def table(
     how = Adjusting.of(None if adjust is None else placed(adjust), reference, mean_only, force)
     found = table_report(data, Choice(batch, *chosen), how, fdr, seed)
     delivery.deliver(found)
-    if adjust is not None:
+    if found.adjusted is not None:
         from bnprobe.cli.streams import say
+        from bnprobe.numbers import joined
 
-        say(f"Adjusted table written to {adjust}.")
+        alike = found.adjusted.entangled
+        doubt = f"; {joined([*alike, batch])} are hardly told apart: see the report" if alike else ""
+        say(f"Adjusted table written to {adjust}{doubt}.")
     raise typer.Exit(EXIT_CLEAN if found.ok or exit_zero else EXIT_FINDINGS)

@@ -27,6 +27,7 @@ from bnprobe.records import (
 )
 from bnprobe.stats.adjustment import Adjusted, adjust
 from bnprobe.stats.batch_effects import (
+    SMALLEST,
     Figures,
     Fit,
     Judged,
@@ -42,8 +43,9 @@ from bnprobe.wording import from_python, nearest, option
 FDR = 0.05
 """The false discovery rate, and the probability that a batch is called off for nothing."""
 
-_LITTLE = 0.05
-"""A covariate of which less than this part of its variance is left beside all else is hardly told apart from it."""
+_LITTLE = 0.1
+"""A covariate of which less than this part of its variance is left beside all else is hardly told apart from it: its
+variance inflation factor is beyond 10, the usual limit."""
 
 _MOST_ROWS, _MOST_FEATURES = 1_000, 2_000
 """What the picture of the rows is drawn of, at most."""
@@ -276,12 +278,12 @@ def _place(read: Table, reference: str | None) -> int | None:
 
 
 def _batch(read: Table, found: Fit, judged: Judged, measured: Figures, place: int, kept: Any) -> TableBatch:
-    each = measured.mismatch[place, kept]
+    each, values = measured.mismatch[place, kept], found.counts[place, kept]
     there = ~np.isnan(each)
-    mismatch = float(each[there].mean()) if there.any() else None
+    mismatch = float(np.average(each[there], weights=values[there])) if there.any() else None
     inside = bool(judged.population[place])
     rows = int((read.design.batch == place).sum())
-    total = sum(int((read.design.batch == other).sum()) for other in np.flatnonzero(judged.population))
+    total = float(found.counts[:, kept][judged.population].sum(0).mean()) if len(kept) else 0.0
     size = None if mismatch is None else equivalent_batch_size(mismatch, total if inside else math.inf)
     low, high = judged.interval[place]
     return TableBatch(
@@ -310,8 +312,11 @@ def _why_unknown(read: Table, found: Fit, place: int) -> str:
     if found.freedom[place] <= 0:
         return f"has {count(number, 'value')}, too few for the effects of batches and covariates"
     values = read.values[:, place]
-    if np.nanmin(values) == np.nanmax(values):
+    lowest, highest = np.nanmin(values), np.nanmax(values)
+    if lowest == highest:
         return "is constant"
+    if highest - lowest < SMALLEST:
+        return f"differs by less than {SMALLEST:g}, which has no square: give it in another unit"
     if not read.design.covariates and not found.known[place]:
         return "is all but constant"
     if found.known[place]:
@@ -335,10 +340,10 @@ def _notes(read: Table, found: Fit) -> list[str]:
     notes += [f"{listed(each)} differ in case or white space alone." for each in alike.values() if len(each) > 1]
     known = f"{read.design.name} and the other covariates" if len(read.design.covariates) > 1 else read.design.name
     notes += [
-        f"{name} all but follows from {known}: {percent(part)} of its variance is left. The effects of each are known"
-        " badly, and adjusted values with them."
-        for name, part in read.design.left_over()
-        if part < _LITTLE
+        f"{name} all but follows from {known}: {percent(part)} of its variance is left. The variance of its effect is"
+        f" {1 / part:,.0f} times what it would be if they had nothing to do with each other; what is one's is easily"
+        " taken for the other's."
+        for name, part in _entangled(read)
     ]
     missing = int(np.isnan(read.values).sum())
     if missing:
@@ -347,6 +352,11 @@ def _notes(read: Table, found: Fit) -> list[str]:
             " is judged on the rows that have it."
         )
     return notes
+
+
+def _entangled(read: Table) -> list[tuple[str, float]]:
+    """Covariates that all but follow from the rest of the design, and the part of their variance that is left."""
+    return [(name, part) for name, part in read.design.left_over() if part < _LITTLE]
 
 
 def _adjustment(read: Table, adjusted: Adjusted, how: Adjusting, fdr: float) -> TableAdjustment:
@@ -358,6 +368,7 @@ def _adjustment(read: Table, adjusted: Adjusted, how: Adjusting, fdr: float) -> 
         reference=how.reference,
         mean_only=tuple(name for name, alone in zip(names, adjusted.mean_only, strict=True) if alone),
         unchanged=tuple(read.features[place] for place in np.flatnonzero(adjusted.left)),
+        entangled=tuple(name for name, _ in _entangled(read)),
         shrunk=adjusted.shrunk,
         explained=float(tests.explained[again.known].mean()) if again.known.any() else 0.0,
         differing=int((tests.rate <= fdr).sum()),

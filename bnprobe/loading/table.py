@@ -5,34 +5,44 @@ The columns that no option names are features if they hold numbers; all others a
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from bnprobe.config.spec import why_missing
 from bnprobe.errors import DataError, UsageError, first_line_of, reason_of
-from bnprobe.numbers import count, listed
+from bnprobe.numbers import count, joined, listed
 from bnprobe.stats.batch_effects import Covariate, Design
 from bnprobe.wording import nearest, option
 
 Array = np.ndarray
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
-"""What separates the fields of text, by the ending of the file's name."""
+"""What separates the fields of text, by the ending of the file's name, if its header has it."""
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+"""With which bytes text begins that is not UTF-8."""
+
+_WITH_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+_IN_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 
 _LARGEST = 1e100
 """Of larger numbers there are no squares."""
@@ -44,7 +54,7 @@ _PADDED = r"0\d+"
 """Of such values one in a column says that it holds codes, not numbers."""
 
 _LOOKED_AT = 100
-"""Rows of a file in which such values are looked for."""
+"""Rows of a file in which such values, and decimal commas, are looked for."""
 
 _NAMES = re.compile(
     r"(^|[\W_])(id|ids|index|barcode|sample|subject|patient|well|row|number|nr|no)([\W_]|$)", re.IGNORECASE
@@ -162,11 +172,15 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
 
 def _covariate(sheet: Sheet, name: str, categorical: bool) -> Covariate:
     sheet.require_all(name)
-    numbers = None if categorical else sheet.numbers(name)
+    numbers = None if categorical else sheet.numbers(name, f"{option('--categorical', name)} takes it as categories.")
     if numbers is not None:
         return Covariate(name, numbers)
     places, levels = _categories(sheet, name)
     return Covariate(name, places, levels)
+
+
+def _to_ignore(name: str) -> str:
+    return f"{option('--ignore', name)} leaves the column as it is."
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str], flag: str, sheet: Sheet) -> list[str]:
@@ -251,8 +265,12 @@ class Sheet:
         self.require_all(name)
         return [_label(value) for value in self.column(name).tolist()]
 
-    def numbers(self, name: str) -> Float[Array, " rows"] | None:
+    def numbers(self, name: str, way_out: str) -> Float[Array, " rows"] | None:
         """The values of a column of numbers; None: it is none.
+
+        Args:
+            name: The column.
+            way_out: What to do where a value is wrong, a sentence.
 
         Raises:
             DataError: Most of its values are numbers, and one is not, or is infinite; says where.
@@ -267,7 +285,7 @@ class Sheet:
             return None  # neither text nor any objects: times, categories, truth values
         else:
             there = ~np.asarray(column.isna())
-            text = column.astype(object).map(str, na_action="ignore")  # so that no whole number is too large
+            text = column.astype(object).map(self._number, na_action="ignore")  # so that no whole number is too large
             converted = pd.to_numeric(text, errors="coerce")
             values = np.asarray(converted, dtype=np.float64)
             numeric = ~np.isnan(values)
@@ -278,10 +296,14 @@ class Sheet:
                 value = _quoted(str(column.iloc[int(wrong[0])]))
                 raise DataError(
                     f"{self.place(int(wrong[0]), name)}: {value} is no number, and most values of this column are."
-                    f" Empty cells and NA are missing values; {option('--ignore', name)} leaves the column as it is."
+                    f" Empty cells and NA are missing values. {way_out}"
                 )
-        self._require_finite(values[:, None], [name])
+        self._require_finite(values[:, None], [name], way_out)
         return values
+
+    def _number(self, value: Any) -> str:
+        """A number as Python writes it."""
+        return str(value)
 
     @cached_property
     def _numeric(self) -> frozenset[str]:
@@ -294,12 +316,16 @@ class Sheet:
             if is_numeric_dtype(dtype) and not is_bool_dtype(dtype) and not is_complex_dtype(dtype)
         )
 
-    def _require_finite(self, values: Float[Array, "rows columns"], names: Sequence[str]) -> None:
+    def _require_finite(self, values: Float[Array, "rows columns"], names: Sequence[str], way_out: str = "") -> None:
         large = np.argwhere(np.abs(values) > _LARGEST)
         if len(large):
             row, place = map(int, large[0])
             what = "infinite" if np.isinf(values[row, place]) else f"beyond {_LARGEST:g}"
-            raise DataError(f"{self.place(row, names[place])}: the value is {what}.")
+            more = len(np.unique(large[:, 1])) - 1
+            beside = f", and such are in {count(more, 'more column')}" if more else ""
+            raise DataError(
+                f"{self.place(row, names[place])}: the value is {what}{beside}. {way_out or _to_ignore(names[place])}"
+            )
 
     def measured(
         self, taken: set[str], choice: Choice
@@ -314,10 +340,11 @@ class Sheet:
         self._require_finite(block, numeric)
         whole = dict(zip(numeric, block.T, strict=True))
         columns: dict[str, Float[Array, " rows"]] = {}
-        notes = []
+        notes, others = [], []
         for name in asked:
-            found = whole[name] if name in whole else self.numbers(name)
+            found = whole[name] if name in whole else self.numbers(name, _to_ignore(name))
             if found is None:
+                others.append(_quoted(name))
                 if name in choice.features:
                     raise DataError(f"{self.name}: column {_quoted(name)} of {option('--features')} holds no numbers.")
             elif not choice.features and (_names_rows(name, found) or self._is_long(name, found)):
@@ -333,6 +360,9 @@ class Sheet:
                 + (f" and those of {option('--ignore')}" if ignored else "")
                 + ": there is nothing to measure."
             )
+        if others:
+            holds, are = ("holds", "it is") if len(others) == 1 else ("hold", "they are")
+            notes.append(f"{listed(others, 6)} {holds} text, dates, truth values or codes: {are} kept as {are}.")
         return tuple(columns), np.column_stack(list(columns.values())), tuple(notes)
 
     def _is_long(self, name: str, values: Float[Array, " rows"]) -> bool:
@@ -362,16 +392,16 @@ class Sheet:
             out = BytesIO()
             frame.to_parquet(out)
             return out.getvalue()
-        return _as_text(frame, suffix)
+        return _as_text(frame, SEPARATORS[suffix])
 
 
-def _as_text(frame: Any, suffix: str) -> bytes:
+def _as_text(frame: Any, separator: str, decimal: str = ".") -> bytes:
     from pandas.api.types import is_integer_dtype
 
     names_rows = frame.index.names != [None] or not is_integer_dtype(frame.index.dtype)
-    text: str = frame.to_csv(sep=SEPARATORS[suffix], index=names_rows, lineterminator="\n")
+    text: str = frame.to_csv(sep=separator, decimal=decimal, index=names_rows, lineterminator="\n")
     if "\r" in text:  # which Python puts in quotes only where lines end so
-        text = frame.to_csv(sep=SEPARATORS[suffix], index=names_rows, lineterminator="\r\n")
+        text = frame.to_csv(sep=separator, decimal=decimal, index=names_rows, lineterminator="\r\n")
     return text.encode(errors="backslashreplace")
 
 
@@ -449,10 +479,10 @@ class _Text(Sheet):
 
     row = "line"
 
-    def __init__(self, path: Path, frame: Any, separator: str) -> None:
-        super().__init__(str(path), frame)
+    def __init__(self, path: Path, dialect: _Dialect) -> None:
+        super().__init__(str(path), _parsed(path, dialect, {"decimal": dialect.decimal}))
         self._path = path
-        self._separator = separator
+        self._dialect = dialect
 
     @classmethod
     def read(cls, path: Path) -> _Text:
@@ -462,20 +492,26 @@ class _Text(Sheet):
             DataError: It cannot be read as a table.
         """
         _require("pandas", "pandas", f"Reading {path}")
-        separator = SEPARATORS[path.suffix.lower()]
-        header = _header(path, separator)
-        frame = _parsed(path, separator, header, {})
-        return cls(path, frame, separator)
+        return cls(path, _Dialect.of(path))
 
     def line(self, row: int) -> int:
-        with self._path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=self._separator)
+        with self._dialect.opened(self._path) as file:
+            reader = csv.reader(file, delimiter=self._dialect.separator)
             filled = -1
             for fields in reader:
                 filled += bool(fields)
                 if filled == row + 1:
                     break
             return reader.line_num
+
+    def measured(
+        self, taken: set[str], choice: Choice
+    ) -> tuple[tuple[str, ...], Float[Array, "rows features"], tuple[str, ...]]:
+        names, values, notes = super().measured(taken, choice)
+        return names, values, (*self._dialect.notes(self._path), *notes)
+
+    def _number(self, value: Any) -> str:
+        return str(value).replace(self._dialect.decimal, ".")
 
     @cached_property
     def _codes(self) -> frozenset[str]:
@@ -492,8 +528,8 @@ class _Text(Sheet):
     def _numeric(self) -> frozenset[str]:
         return super()._numeric - self._codes
 
-    def numbers(self, name: str) -> Float[Array, " rows"] | None:
-        return None if name in self._codes else super().numbers(name)
+    def numbers(self, name: str, way_out: str) -> Float[Array, " rows"] | None:
+        return None if name in self._codes else super().numbers(name, way_out)
 
     def labels(self, name: str) -> list[str]:
         self.require_all(name)
@@ -508,40 +544,97 @@ class _Text(Sheet):
             return super().written(features, values, kept, suffix)
         changed = {name for place, name in enumerate(features) if not kept[place]}
         raw = self._raw([name for name in self.names if name not in changed])
-        return _as_text(self._replaced(raw, features, values, kept), suffix)
+        separator = SEPARATORS[suffix]
+        if suffix == self._path.suffix.lower():
+            separator = self._dialect.separator
+        elif separator == self._dialect.decimal:
+            separator = ";"
+        return _as_text(self._replaced(raw, features, values, kept), separator, self._dialect.decimal)
 
     def _raw(self, names: Iterable[str], **also: Any) -> Any:
         """Columns as they are written in the file."""
         options = {"dtype": str, "keep_default_na": False, "na_filter": False, "usecols": list(names), **also}
-        return _parsed(self._path, self._separator, self.names, options)
+        return _parsed(self._path, self._dialect, options)
 
 
-def _header(path: Path, separator: str) -> list[str]:
+@dataclass(frozen=True)
+class _Dialect:
+    """How a table is written as text.
+
+    Attributes:
+        encoding: UTF-8, or UTF-16 where a mark says so, as in text of Excel.
+        separator: Between fields.
+        decimal: A comma, as spreadsheets write it in much of Europe, or a point.
+        names: The fields of the header.
+    """
+
+    encoding: str
+    separator: str
+    decimal: str
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _Dialect:
+        """That of a file.
+
+        Raises:
+            DataError: It has no header of several columns of different names.
+        """
+        own = SEPARATORS[path.suffix.lower()]
+        try:
+            with path.open("rb") as raw:
+                encoding = _MARKS.get(raw.read(2), "utf-8-sig")
+            with path.open(encoding=encoding, newline="") as file:
+                lines = list(islice((line for line in file if line.strip()), 1 + _LOOKED_AT))
+            headers = {each: _first(lines, each) for each in (own, *_SEPARATORS)}
+        except OSError as error:
+            raise DataError(f"The table {path} could not be read: {reason_of(error)}.") from None
+        except UnicodeError as error:
+            raise _no_text(path, error) from None
+        separator = own if len(headers[own]) > 1 else max(headers, key=lambda each: len(headers[each]))
+        fields = headers[separator]
+        if not fields:
+            raise DataError(f"{path} is empty.")
+        if len(fields) == 1:
+            raise DataError(
+                f"{path} has one column, {_quoted(fields[0])}: neither {' nor '.join(_SEPARATORS.values())} separate"
+                " others."
+            )
+        if (double := _double(fields)) is not None:
+            raise DataError(f"{path}, line 1: two columns are called {_quoted(double)}.")
+        cells = [cell for row in csv.reader(lines[1:], delimiter=separator) for cell in row]
+        commas = separator != "," and any(map(_WITH_COMMA.fullmatch, cells))
+        commas = commas and not all(map(_IN_THOUSANDS.fullmatch, filter(_WITH_COMMA.fullmatch, cells)))
+        return cls(encoding, separator, "," if commas else ".", tuple(fields))
+
+    def opened(self, path: Path) -> TextIO:
+        """A file of it, to be closed."""
+        return path.open(encoding=self.encoding, newline="")
+
+    def notes(self, path: Path) -> Iterator[str]:
+        """What is not as the ending of the file's name says."""
+        other = self.separator != SEPARATORS[path.suffix.lower()]
+        found = [f"fields are separated by {_SEPARATORS[self.separator]}"] * other
+        found += ["numbers have decimal commas"] * (self.decimal == ",")
+        if found:
+            yield f"{joined(found).capitalize()}."
+
+
+def _first(lines: Sequence[str], separator: str) -> list[str]:
+    """The fields of the first line."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            fields = next((fields for fields in csv.reader(file, delimiter=separator) if fields), [])
-    except OSError as error:
-        raise DataError(f"The table {path} could not be read: {reason_of(error)}.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"The table {path} is no text of UTF-8: {first_line_of(error)}.") from None
-    if not fields:
-        raise DataError(f"{path} is empty.")
-    if (double := _double(fields)) is not None:
-        raise DataError(f"{path}, line 1: two columns are called {_quoted(double)}.")
-    if len(fields) == 1:
-        other = next((words for mark, words in _OTHERS.items() if mark != separator and mark in fields[0]), "")
-        wanted = "tabs" if separator == "\t" else "commas"
-        raise DataError(
-            f"{path} has one column, {_quoted(fields[0])}"
-            + (f": it is separated by {other}, and {path.suffix} by {wanted}." if other else ".")
-        )
-    return fields
+        return next(csv.reader(lines, delimiter=separator), [])
+    except csv.Error:  # too long for one field
+        return [lines[0][:80]]
 
 
-_OTHERS = {";": "semicolons", "\t": "tabs (name it .tsv)", ",": "commas (name it .csv)"}
+def _no_text(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"The table {path} is no text of UTF-8: {first_line_of(error)}. Save it so; spreadsheets call it CSV UTF-8."
+    )
 
 
-def _parsed(path: Path, separator: str, names: Sequence[str], options: dict[str, Any]) -> Any:
+def _parsed(path: Path, dialect: _Dialect, options: dict[str, Any]) -> Any:
     import pandas as pd
 
     try:
@@ -549,11 +642,11 @@ def _parsed(path: Path, separator: str, names: Sequence[str], options: dict[str,
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(
                 path,
-                sep=separator,
-                names=list(names),
+                sep=dialect.separator,
+                names=list(dialect.names),
                 header=0,
                 index_col=False,
-                encoding="utf-8-sig",
+                encoding=dialect.encoding,
                 low_memory=False,
                 **options,
             )
@@ -564,10 +657,12 @@ def _parsed(path: Path, separator: str, names: Sequence[str], options: dict[str,
                 f"{path}, line {found[2]}: there are {found[3]} fields, and the header has {found[1]}."
             ) from None
         if isinstance(error, pd.errors.ParserWarning):
-            raise DataError(f"{path}: the rows have more fields than the header has names ({len(names)}).") from None
+            raise DataError(
+                f"{path}: the rows have more fields than the header has names ({len(dialect.names)})."
+            ) from None
         raise DataError(f"{path} could not be read as a table: {first_line_of(error)}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"The table {path} is no text of UTF-8: {first_line_of(error)}.") from None
+    except UnicodeError as error:
+        raise _no_text(path, error) from None
 
 
 def _parquet(path: Path) -> Sheet:

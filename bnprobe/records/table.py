@@ -15,7 +15,7 @@ class TableBatch(Record):
     Attributes:
         rows: Rows of the table.
         off: Whether it differs from the batches that agree.
-        mismatch: D, mean over the features; None where it has no values.
+        mismatch: D, mean over the features, by the number of values that it has of each; None where it has none.
         equivalent_batch_size: n_eq: a batch of so many i.i.d. Gaussian rows has this D on average.
         expected: Mean D of a batch of its size, where rows are dealt to the batches at random.
         expected_interval: 95% of such.
@@ -81,6 +81,7 @@ class TableAdjustment(Record):
         reference: The batch that the others were brought to; None: the mean of all.
         mean_only: Batches of which the location alone was adjusted.
         unchanged: Features that were left as they are.
+        entangled: Covariates that all but follow from the batch or each other.
         shrunk: Whether estimates lean on those of the other features.
         explained: Part of the variance that batches explain now, beyond chance, mean over features.
         differing: Features that differ between batches now.
@@ -90,6 +91,7 @@ class TableAdjustment(Record):
     reference: str | None
     mean_only: tuple[str, ...]
     unchanged: tuple[str, ...]
+    entangled: tuple[str, ...]
     shrunk: bool
     explained: float
     differing: int

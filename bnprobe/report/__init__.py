@@ -220,14 +220,14 @@ def renderer(format_: str, document: type) -> Renderer:
     """
     row = FORMATS[format_]
     found = row.renderers.get(document)
-    if row.package:
-        require(row.package, row.extra, f"--format {format_}")
     if found is None:
         able = [row.name for row in FORMATS if document in row.renderers]
         raise UsageError(
             f"--format {format_} does not support {DOCUMENTS.get(document, document.__name__)};"
             f" these formats do: {', '.join(able) or 'none'}."
         )
+    if row.package:
+        require(row.package, row.extra, f"--format {format_}")
     return found
 
 

@@ -112,6 +112,11 @@ def adjusted(found: TableReport) -> Iterator[str]:
             f"{count(len(how.unchanged), 'feature')} left as {'it is' if len(how.unchanged) == 1 else 'they are'}:"
             f" {listed(how.unchanged, 6)} (constant, in one {name} or in all, or too few values)."
         )
+    if how.entangled:
+        yield (
+            f"{joined([*how.entangled, name])} are hardly told apart (see the notes): a shift of a {name} may have been"
+            " kept as an effect, or an effect taken out as a shift."
+        )
     if not how.shrunk:
         yield "There is one feature to adjust: its estimates lean on no others."
 

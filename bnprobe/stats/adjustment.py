@@ -70,7 +70,9 @@ def adjust(
         own = squares / variance
         spread = own / (counts - correction)
     level = np.maximum(np.nanmax(np.abs(values), axis=0, initial=0.0), np.finfo(float).tiny)
-    flat = (counts > 1) & (squares <= counts * np.square(CONSTANT * level))
+    flat = (counts > 1) & (
+        (squares <= counts * np.square(CONSTANT * level)) | (_ranges(values, design) <= CONSTANT * level)
+    )
     left = ~found.known | ~(variance > 0) | flat.any(0) | np.isnan(grand)
     location, scale = np.full_like(shift, np.nan), np.ones_like(shift)
     usable = ~left
@@ -101,6 +103,12 @@ def adjust(
     kept = usable[None, :] & (np.ones(len(values), bool) if reference is None else rows != reference)[:, None]
     np.copyto(adjusted, moved, where=kept)
     return Adjusted(adjusted, location, back, left, single | mean_only, int(usable.sum()) > 1)
+
+
+def _ranges(values: Float[Array, "rows features"], design: Design) -> Float[Array, "batches features"]:
+    """How far the values of each batch are apart; NaN where there are none."""
+    parts = [values[design.batch == batch] for batch in range(len(design.batches))]
+    return np.array([np.fmax.reduce(part, axis=0) - np.fmin.reduce(part, axis=0) for part in parts])
 
 
 @dataclass(frozen=True)

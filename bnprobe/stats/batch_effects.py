@@ -37,8 +37,14 @@ _DEPENDENT = 1e-8
 CONSTANT = 1e-13
 """Values that differ by less, relative to their size, are the same but for rounding."""
 
+SMALLEST = 1e-140
+"""Of values that differ by less the squares are not exact."""
+
 _LEAST_ROWS = 3
 """Rows of a batch that say something of its scale: two are as far from their median, and one is not at all."""
+
+_RIDGE = 1e-12
+"""Added to products of orthonormal columns, so that one of which nothing is left within the batches has no effect."""
 
 _NO_EPS = 1e-12
 """What stands for eps, in units of the population's variance: nothing, but a batch of equal values has D = d^2."""
@@ -127,15 +133,19 @@ class Design:
         return None
 
     def left_over(self) -> list[tuple[str, float]]:
-        """The part of each covariate's variance that batches and other covariates leave, the least of its columns.
+        """The part of each covariate's variance that batches and other covariates leave; the least of any levels.
 
         One over it is the variance inflation factor. The design is not confounded.
         """
-        inverse = np.linalg.pinv(_within(self.columns, self.one_hot))
-        parts = 1 / (len(self.batch) * np.square(inverse).sum(1))
-        sizes = [len(covariate.columns()[1]) for covariate in self.covariates]
-        blocks = np.split(parts, np.cumsum(sizes)[:-1]) if sizes else []
-        return [(each.name, float(block.min())) for each, block in zip(self.covariates, blocks, strict=True)]
+        columns, parts = self.columns, []
+        place = np.repeat(range(len(self.covariates)), [len(each.columns()[1]) for each in self.covariates])
+        for number, covariate in enumerate(self.covariates):
+            own, others = (_basis(columns[:, each]) for each in (place == number, place != number))
+            beside = _basis(_within(others, self.one_hot))
+            left = _within(own, self.one_hot)
+            left = left - beside @ (beside.T @ left)
+            parts.append((covariate.name, float(np.square(np.linalg.svd(left, compute_uv=False).min()))))
+        return parts
 
     def _same_as_batch(self, covariate: Covariate) -> str:
         if covariate.levels is None:
@@ -265,7 +275,7 @@ def fit(values: Float[Array, "rows features"], design: Design) -> Fit:
             about = about - beside @ (np.linalg.pinv(beside) @ about)
         squared = here.T @ np.square(within)
         total = np.square(about).sum(0)
-        varies = total > len(part) * np.square(CONSTANT * level)
+        varies = total > len(part) * np.square(np.maximum(CONSTANT * level, SMALLEST))
         centre[np.ix_(have, columns)] = (means + mean)[have]
         squares[:, columns] = squared
         null[columns] = total
@@ -417,11 +427,13 @@ def judge(
 
     Rows, without what the covariates explain, are dealt to the batches at random (Freedman & Lane 1983), whole, so
     that features stay as correlated and as heavy-tailed as they are. A batch is off where its D, over what it comes to
-    on average in such tables, is larger than the largest of all batches in all but ``level`` of them. An outlying batch
-    shifts the population, and with it the D of all: so the farthest are taken out, and the rest is judged again.
+    on average in such tables, is larger than the largest of all batches in all but ``level`` of them. That of a batch
+    without values of some features varies more; what it has above the average counts less, by the root of their number.
+    An outlying batch shifts the population, and with it the D of all: so the farthest are taken out, and the rest is
+    judged again.
 
     Args:
-        values: Missing ones are taken for average here.
+        values: The table.
         design: Not confounded.
         known: Features that can be judged; at least one.
         level: How probable it is that a batch is called off where all are alike.
@@ -429,7 +441,9 @@ def judge(
     """
     random = np.random.default_rng(seed)
     number = len(design.batches)
-    chosen = _drawn(values, known, random)
+    chosen = _drawn(len(values), known, random)
+    features = (design.one_hot.T @ ~np.isnan(values[:, chosen]) > 0).sum(1)
+    precise = np.sqrt(features / features.max())
     active = np.ones(number, bool)
     off = np.zeros(number, bool)
     first: Bool[Array, " batches"] | None = None
@@ -441,7 +455,7 @@ def judge(
             values[np.ix_(rows, chosen)], np.searchsorted(here, design.batch[rows]), design.columns[rows], random
         )
         mean = np.maximum(tables[1:].mean(0), np.finfo(float).tiny)
-        relative = tables / mean
+        relative = (tables / mean - 1) * precise[here]
         largest = np.sort(relative[1:].max(1))
         limit = largest[min(math.ceil((1 - level) * (len(largest) + 1)), len(largest)) - 1]
         expected[here], interval[here] = mean, np.quantile(tables[1:], (0.025, 0.975), axis=0).T
@@ -463,13 +477,10 @@ def judge(
     return Judged(first, np.ones(number, bool), False, expected, interval, p_value)
 
 
-def _drawn(
-    values: Float[Array, "rows features"], known: Bool[Array, " features"], random: np.random.Generator
-) -> Int[Array, " some"]:
-    """Features to deal: complete ones if there are any, so many as are not too many."""
-    complete = known & ~np.isnan(values).any(0)
-    among = np.flatnonzero(complete if complete.any() else known)
-    most = max(_LEAST_FEATURES, _DEALT_VALUES // len(values))
+def _drawn(rows: int, known: Bool[Array, " features"], random: np.random.Generator) -> Int[Array, " some"]:
+    """Features to deal: those that can be judged, so many as are not too many."""
+    among = np.flatnonzero(known)
+    most = max(_LEAST_FEATURES, _DEALT_VALUES // rows)
     return among if len(among) <= most else np.sort(random.choice(among, most, replace=False))
 
 
@@ -479,36 +490,125 @@ def _deal(
     covariates: Float[Array, "rows columns"],
     random: np.random.Generator,
 ) -> Float[Array, "tables batches"]:
-    """Mean of D over features of each batch: as it is, and in tables that are dealt at random."""
-    beside = covariates - covariates.mean(0)
-    left = values - np.nanmean(values, axis=0)
-    left = np.nan_to_num(left)
-    left = left - beside @ (np.linalg.pinv(beside) @ left)
-    one_hot = (batch[:, None] == np.arange(batch.max() + 1)).astype(np.float64)
-    inner = np.linalg.pinv(_within(beside, one_hot))
-    spread = left.std(0)
-    left = left[:, spread > 0] / spread[spread > 0]
+    """D of each batch: as it is, and in tables that are dealt at random.
+
+    What a row lacks it lacks wherever it is dealt to, so that a batch gets more or fewer values of a feature than it
+    has, beside other covariates. So D of a dealt table is taken times what it comes to by chance where the values are,
+    over what it comes to where they have been dealt to. The mean is over features, by the values that the batch has.
+    """
+    basis = _basis(covariates)
+    values = values[:, np.argsort(np.isnan(values).any(0), kind="stable")]  # those without gaps are the first
+    left, there = _about(values, basis)
+    spread = np.sqrt(np.square(left).sum(0) / np.maximum(there.sum(0), 1))
+    left, there = left[:, spread > 0] / spread[spread > 0], there[:, spread > 0]
+    number = int(batch.max()) + 1
     if not left.shape[1]:
-        return np.zeros((1 + DEALT, one_hot.shape[1]))
-    order = np.lexsort((left[:, 0], batch))  # so that the order of the rows does not matter
-    left, beside, inner = left[order], beside[order], inner[:, order]
-    counts = one_hot.sum(0).astype(int)
-    first = np.cumsum(counts) - counts  # rows of a batch are neighbours now
+        return np.zeros((1 + DEALT, number))
+    order = np.lexsort((*left.T[::-1], batch))  # so that the order of the rows does not matter
+    left, there, basis = left[order], there[order], basis[order]
+    first = np.searchsorted(batch[order], np.arange(number))
+    own = np.add.reduceat(there, first)
+    whole = int(there.all(0).sum())
+    fixed, by_chance = _Given.of(np.ones((len(left), 1)), basis, first), _Given.of(there, basis, first).by_chance()
     found: list[Float[Array, "some batches"]] = []
-    together = max(1, _DEALT_VALUES * 10 // (len(counts) * left.shape[1]))
+    together = max(1, _DEALT_VALUES * 10 // own.size)
     for start in range(0, 1 + DEALT, together):
         moments = []
         for table in range(start, min(start + together, 1 + DEALT)):
-            dealt = left[random.permutation(len(left))] if table else left
-            if beside.shape[1]:
-                dealt = dealt - beside @ (inner @ dealt)
-            mean, square = (np.add.reduceat(each, first) / counts[:, None] for each in (dealt, np.square(dealt)))
-            variance = np.maximum(square - np.square(mean), 0.0)
-            moments.append((mean, variance, dealt.mean(0, keepdims=True), dealt.var(0, keepdims=True)))
-        mean, variance, centre, whole = (np.concatenate(each, 1) for each in zip(*moments, strict=True))
-        mismatch = _mismatch(mean, variance, centre[0], whole[0])[2]
-        found.append(mismatch.reshape(len(counts), len(moments), -1).mean(2).T)
+            rows = random.permutation(len(left)) if table else np.arange(len(left))
+            dealt, counts, weights = fixed.without(left[rows, :whole]), own, own
+            if whole < left.shape[1]:
+                moved = _Given.of(there[rows, whole:], basis, first)
+                dealt = np.concatenate([dealt, moved.without(left[rows, whole:])], 1)
+                counts = np.concatenate([own[:, :whole], moved.counts], 1)
+                here, there_now = (own * by_chance)[:, whole:], moved.by_chance()
+                some = (moved.counts > 0) & (there_now > 0)
+                ratio = np.divide(here, there_now, out=np.zeros_like(here), where=some)
+                weights = np.concatenate([own[:, :whole], ratio], 1)
+            sums, squares = (np.add.reduceat(each, first) for each in (dealt, np.square(dealt)))
+            mean, square = (each / np.maximum(counts, 1) for each in (sums, squares))
+            total = counts.sum(0, keepdims=True)
+            centre, raw = (each.sum(0, keepdims=True) / total for each in (sums, squares))
+            variances = (np.maximum(each, 0.0) for each in (square - np.square(mean), raw - np.square(centre)))
+            moments.append((mean, centre, *variances, weights, own * (counts > 0)))
+        mean, centre, variance, around, weights, present = (
+            np.concatenate(each, 1) for each in zip(*moments, strict=True)
+        )
+        mismatch = np.nan_to_num(_mismatch(mean, variance, centre[0], around[0])[2])
+        weighted, sizes = (each.reshape(number, len(moments), -1).sum(2).T for each in (weights * mismatch, present))
+        found.append(weighted / np.maximum(sizes, 1))
     return np.concatenate(found)
+
+
+def _about(
+    values: Float[Array, "rows features"], basis: Float[Array, "rows columns"]
+) -> tuple[Float[Array, "rows features"], Float[Array, "rows features"]]:
+    """What covariates leave of values, if all rows are one batch, 0 where missing; and 1 where they are not missing."""
+    there = (~np.isnan(values)).astype(np.float64)
+    number = np.maximum(there.sum(0), 1)
+    left = np.nan_to_num(values - np.nansum(values, axis=0) / number)
+    whole = there.all(0)
+    for block, beside in ((whole, np.ones((len(values), 1))), (~whole, there[:, ~whole])):
+        left[:, block] = _Given.of(beside, basis, np.zeros(1, int)).without(left[:, block])
+    return left - there * (left.sum(0) / number), there
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Covariates beside the values of each feature, given the batches; of features without gaps, one for all.
+
+    Attributes:
+        there: 1 where there is a value, 0 where it is missing.
+        basis: Orthonormal columns of the covariates.
+        first: The first row of each batch; rows of a batch are neighbours.
+        counts: Values of each batch.
+        means: Of the columns, in each batch.
+        inverse: That of the columns' products within the batches.
+    """
+
+    there: Float[Array, "rows features"]
+    basis: Float[Array, "rows columns"]
+    first: Int[Array, " batches"]
+    counts: Float[Array, "batches features"]
+    means: Float[Array, "columns batches features"]
+    inverse: Float[Array, "features columns columns"]
+
+    @classmethod
+    def of(
+        cls, there: Float[Array, "rows features"], basis: Float[Array, "rows columns"], first: Int[Array, " batches"]
+    ) -> _Given:
+        """Those of values that are there."""
+        number = basis.shape[1]
+        counts = np.add.reduceat(there, first)
+        sums = [np.add.reduceat(there * column[:, None], first) for column in basis.T]
+        means = np.reshape(sums, (number, *counts.shape)) / np.maximum(counts, 1)
+        products = (basis[:, :, None] * basis[:, None, :]).reshape(len(basis), -1)
+        raw = (there.T @ products).reshape(there.shape[1], number, number)
+        within = raw - np.einsum("ibf,jbf,bf->fij", means, means, counts)
+        return cls(there, basis, first, counts, means, np.linalg.inv(within + _RIDGE * np.eye(number)))
+
+    def without(self, values: Float[Array, "rows features"]) -> Float[Array, "rows features"]:
+        """Values without the effects of the covariates, given the batches; missing ones are 0, and stay so."""
+        sums = np.add.reduceat(values, self.first)
+        products = values.T @ self.basis - (self.means * sums).sum(1).T
+        effects = (self.inverse @ products[:, :, None])[:, :, 0]
+        left: Float[Array, "rows features"] = values - self.there * (self.basis @ effects.T)
+        return left
+
+    def by_chance(self) -> Float[Array, "batches features"]:
+        """What D comes to where all batches are alike: that of d, with the effects to be told apart, and that of r."""
+        number = self.counts.sum(0)
+        offset = self.means - (self.counts * self.means).sum(1, keepdims=True) / np.maximum(number, 1)
+        apart = np.einsum("kbf,fkl,lbf->bf", offset, self.inverse, offset)
+        found: Float[Array, "batches features"] = 1.5 / np.maximum(self.counts, 1) - 1.5 / np.maximum(number, 1) + apart
+        return found
+
+
+def _basis(columns: Float[Array, "rows columns"]) -> Float[Array, "rows some"]:
+    """Orthonormal columns that span the given ones around their means."""
+    vectors, sizes, _ = np.linalg.svd(columns - columns.mean(0), full_matrices=False)
+    basis: Float[Array, "rows some"] = vectors[:, sizes > _DEPENDENT]
+    return basis
 
 
 # --- Figures of each batch and feature --------------------------------------------------------------------------------
@@ -575,15 +675,15 @@ def _cells(found: Fit, judged: Judged, design: Design) -> Float[Array, "batches 
     """P-values of each batch against the others that agree: twice the smaller one of location and scale."""
     from scipy.special import stdtr
 
-    one_hot = design.one_hot
     number, sums, spread = _spreads(found.residual, design)
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_squares = np.where(number > 0, np.square(sums) / number, 0.0)
     p_values = np.ones_like(found.centre)
-    means = _within(design.columns, np.ones((len(design.batch), 1)))
-    inverse = np.linalg.pinv(_within(means, one_hot))
-    inverse = inverse @ inverse.T
-    middles = (one_hot.T @ means) / one_hot.sum(0)[:, None]
+    order = np.argsort(design.batch, kind="stable")
+    there = (~np.isnan(found.residual[order])).astype(np.float64)
+    alike = there[:, :1] if (there == there[:, :1]).all() else there
+    first = np.searchsorted(design.batch[order], np.arange(len(design.batches)))
+    given = _Given.of(alike, _basis(design.columns)[order], first)
     centre = np.nan_to_num(found.centre)
     for batch in range(len(design.batches)):
         others = judged.population.copy()
@@ -593,8 +693,9 @@ def _cells(found: Fit, judged: Judged, design: Design) -> Float[Array, "batches 
         with np.errstate(divide="ignore", invalid="ignore"):
             weight = found.counts[others] / rest
             step = centre[batch] - (weight * centre[others]).sum(0)
-            offset = middles[batch] - middles[others].T @ (one_hot.sum(0)[others] / one_hot.sum(0)[others].sum())
-            factor = 1 / own + 1 / rest + offset @ inverse @ offset
+            weight = given.counts[others] / given.counts[others].sum(0)
+            offset = given.means[:, batch] - (weight * given.means[:, others]).sum(1)
+            factor = 1 / own + 1 / rest + np.einsum("kf,fkl,lf->f", offset, given.inverse, offset)
             freedom = own + rest - groups - found.effects
             noise = (found.squares[batch] + found.squares[others].sum(0)) / freedom
             location = 2 * stdtr(freedom, -np.abs(step) / np.sqrt(noise * factor))

@@ -152,7 +152,13 @@ CONFOUNDED = "is confounded: site is the same as plate (P8: b, P9: a, P10: b2, P
         (None, (*PLATE, "--fdr", "2"), "a number between 0 and 1"),
         (None, (*PLATE, "--seed", "-1"), "at least 0"),
         (None, (*PLATE, "--features", "plate"), "the column is the batch or a covariate"),
-        (lambda made: made.assign(IL3="9" * 400), PLATE, 'line 2, column "IL3": the value is infinite'),
+        (lambda made: made.assign(IL3="9" * 400), PLATE,
+         'line 2, column "IL3": the value is infinite. --ignore IL3 leaves the column as it is.'),
+        (lambda made: made.assign(IL3=2e100, IL4=3e100), PLATE,
+         'the value is beyond 1e+100, and such are in 1 more column. --ignore IL3 leaves'),
+        (lambda made: made.assign(dose=made.dose.astype(object).where(made.index != 3, "high")),
+         (*PLATE, "--covariates", "dose"), '"high" is no number, and most values of this column are. Empty cells and NA'
+         " are missing values. --categorical dose takes it as categories."),
         (lambda made: made.assign(plate=made.plate.where(made.index != 5, "None")), PLATE,
          'line 7, column "plate" is "None", which is a missing value'),
         (None, ("--batch", "sample"), "another one in each row"),
@@ -183,11 +189,12 @@ def test_what_cannot_work_is_said(table: Workspace, change: Any, options: tuple[
     [
         ("", "data.csv is empty"),
         ("plate,a\n", "has no rows"),
-        ("plate;a\nP1;1\n", "it is separated by semicolons, and .csv by commas"),
+        ("plate|a\nP1|1\n", 'has one column, "plate|a": neither commas nor semicolons nor tabs separate others'),
         ("plate,a,a\nP1,1,2\n", 'line 1: two columns are called "a"'),
         ("plate,a\nP1,1\nP2,2\nP1,3,4\n", "line 4: there are 3 fields, and the header has 2"),
         ("plate,a\nP1,1,2\nP2,2,3\nP1,3,4\n", "the rows have more fields than the header"),
         ("plate,a\nP1,\xff\n", "is no text of UTF-8"),
+        ("plate;a\nP1;1\nP2;2\nP1;3,5;4\n", "line 4: there are 3 fields, and the header has 2"),
     ],
 )
 def test_files_that_are_no_table(workspace: Workspace, text: str, said: str) -> None:
@@ -223,6 +230,57 @@ def test_cells_with_a_carriage_return_stay_one_cell(table: Workspace) -> None:
 
 
 # --- Other kinds of tables --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "separator", "decimal", "encoding", "noted"),
+    [
+        ("csv", ";", ",", "utf-8-sig", "Fields are separated by semicolons and numbers have decimal commas."),
+        ("csv", ";", ".", "utf-8", "Fields are separated by semicolons."),
+        ("txt", "\t", ",", "utf-16", "Numbers have decimal commas."),
+        ("tsv", ",", ".", "utf-8", "Fields are separated by commas."),
+        ("csv", "\t", ".", "utf-8-sig", "Fields are separated by tabs."),
+    ],
+)
+def test_text_of_spreadsheets_says_the_same(
+    table: Workspace, suffix: str, separator: str, decimal: str, encoding: str, noted: str
+) -> None:
+    """The adjusted table is written as the table was; as a comma cannot be both, semicolons separate decimal commas."""
+    made = frame().assign(age=lambda each: each.index % 7 + 0.5)
+    made.to_csv(table.folder / "data.csv", index=False)
+    other = f"other.{suffix}"
+    made.to_csv(table.folder / other, index=False, sep=separator, decimal=decimal, encoding=encoding)
+    options = (*PLATE, "--covariates", "dose,age", "--format", "json", "--adjust")
+    first = json.loads(table.run("table", "data.csv", *options, "plain.csv").stdout)
+    second = json.loads(table.run("table", other, *options, f"same.{suffix}").stdout)
+    assert second["batches"] == first["batches"]
+    assert second["notes"] == [noted, *first["notes"]]
+    plain = pd.read_csv(table.folder / "plain.csv", dtype={"sample": str})
+    pd.testing.assert_frame_equal(
+        pd.read_csv(table.folder / f"same.{suffix}", sep=separator, decimal=decimal, dtype={"sample": str}), plain
+    )
+    assert table.run("table", other, *options, "out.csv").code == FINDINGS
+    kept = separator if suffix == "csv" else ";" if decimal == "," else ","
+    pd.testing.assert_frame_equal(
+        pd.read_csv(table.folder / "out.csv", sep=kept, decimal=decimal, dtype={"sample": str}), plain
+    )
+
+
+def test_commas_between_thousands_are_no_decimal_commas(workspace: Workspace) -> None:
+    rows = [f"P{row % 2}\t{row % 5 + row / 7:.3f}\t{1 + row % 3},{row:03}" for row in range(20)]
+    workspace.write("data.tsv", "\n".join(["plate\ta\tcells", *rows]) + "\n")
+    report = workspace.run("table", "data.tsv", *PLATE, "--format", "json").report(CLEAN)
+    assert [feature["name"] for feature in report["features"]] == ["a"]
+    assert report["notes"] == ['"cells" holds text, dates, truth values or codes: it is kept as it is.']
+
+
+def test_a_wide_header_is_no_field_that_is_too_long(workspace: Workspace) -> None:
+    names = [f"feature {number:06}" for number in range(10_000)]
+    for name, separator in (("data.csv", ","), ("other.csv", ";")):
+        rows = [[f"P{row % 2}", *(f"{(row * place) % 7}" for place in range(len(names)))] for row in range(6)]
+        text = "\n".join(separator.join(row) for row in (["plate", *names], *rows))
+        workspace.write(name, text + "\n")
+        assert workspace.run("table", name, *PLATE).code in (CLEAN, FINDINGS)
 
 
 def test_tabs_and_parquet_say_the_same(table: Workspace) -> None:
@@ -330,9 +388,23 @@ def test_names_that_hardly_differ_are_in_one_order_and_said() -> None:
 
 def test_covariates_that_hardly_differ_from_the_batch_are_said() -> None:
     made = frame().assign(day=lambda each: each.index % 4 + 0.1 * np.sin(each.index * 7.0))
-    (note,) = bnprobe.table(made, batch="plate", covariates="day").notes
-    assert note.startswith("day all but follows from plate: 0.4% of its variance is left.")
-    assert bnprobe.table(made, batch="plate", covariates="dose").notes == ()
+    *_, note = bnprobe.table(made, batch="plate", covariates="day").notes
+    assert note.startswith(
+        "day all but follows from plate: 0.4% of its variance is left. The variance of its effect is 2"
+    )
+    assert not any("follows" in note for note in bnprobe.table(made, batch="plate", covariates="dose").notes)
+
+
+def test_where_one_row_tells_a_covariate_from_the_batch_the_adjusted_table_says_so(table: Workspace) -> None:
+    made = frame().assign(site=lambda each: np.where((each.plate == "P11") & (each.index > 3), "b", "a"))
+    made.to_csv(table.folder / "data.csv", index=False)
+    found = table.run("table", "data.csv", *PLATE, "--covariates", "site", "--adjust", "out.csv")
+    said = " ".join(found.stdout.split())
+    assert "site and plate are hardly told apart (see the notes): a shift of a plate may have been kept" in said
+    assert (
+        "site all but follows from plate: 5.5% of its variance is left. The variance of its effect is 18 times" in said
+    )
+    assert found.stderr == "Adjusted table written to out.csv; site and plate are hardly told apart: see the report.\n"
 
 
 def test_features_that_cannot_be_judged_are_said_and_stay_as_they_are() -> None:
@@ -342,12 +414,17 @@ def test_features_that_cannot_be_judged_are_said_and_stay_as_they_are() -> None:
     made = made.assign(
         blank=1.5, spare=np.nan, few=made.IL1.where(made.index < 2), late=made.IL2.where(last), flag=last
     )
+    made = made.assign(small=made.IL2 * 1e-200, day=pd.Timestamp("2024-01-01"))
     report = bnprobe.table(made, batch="plate", covariates=["dose"])
+    assert report.notes[0] == (
+        '"sample", "remark", "flag", "day" hold text, dates, truth values or codes: they are kept as they are.'
+    )
     assert {each.name: each.reason.partition(",")[0] for each in report.skipped} == {
         "blank": "is constant",
         "spare": "has no values",
         "few": "has 2 values",
         "late": "is constant in the batches that agree",
+        "small": "differs by less than 1e-140",
     }
     assert len(report.features) == len(report.batches[0].d) == 12
     adjusted = bnprobe.adjust_table(made, batch="plate", covariates=["dose"])
@@ -359,8 +436,8 @@ def test_columns_that_count_rows_are_no_measurements_and_codes_can_be_categories
     made = frame().assign(number=range(1, 97))
     report = bnprobe.table(made, batch="plate", covariates=["dose"], categorical=["dose"])
     assert "number" not in [feature.name for feature in report.features]
-    assert report.notes == (
-        '"number" names the rows by numbers: it is kept as it is. features takes it as a measurement.',
+    assert report.notes[0] == (
+        '"number" names the rows by numbers: it is kept as it is. features takes it as a measurement.'
     )
     asked = bnprobe.table(made, batch="plate", features=["number", "IL?"])
     assert [feature.name for feature in asked.features] == [*(f"IL{n}" for n in range(10)), "number"]

@@ -353,7 +353,7 @@ def tabled(several: int = 1) -> TableReport:
         batches=batches * several,
         features=features,
         skipped=(SkippedFeature("blank", "is constant"), SkippedFeature("spare", "has no values")),
-        adjusted=TableAdjustment("adjusted.csv", "P1", ("P2",), ("blank", "spare"), True, 0.002, 0),
+        adjusted=TableAdjustment("adjusted.csv", "P1", ("P2",), ("blank", "spare"), ("dose",), True, 0.002, 0),
         projection=TableProjection((0.61, 0.2), (0, 0, 1, 2), ((1.0, 0.2), (1.2, 0.1), (9.0, 3.0), (0.8, 0.0)), ()),
         notes=("P2 has one row: there is no r, and nothing can be said of the scale.",),
     )

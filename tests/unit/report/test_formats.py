@@ -152,12 +152,14 @@ def test_files_of_different_formats_have_different_names() -> None:
     assert len({row.ending for row in FORMATS}) == len(FORMATS)
 
 
-def test_a_format_whose_package_is_missing_says_how_to_get_it() -> None:
-    with (
-        FORMATS.including(replace(ROWS, package="no_such_package", extra="tables")),
-        pytest.raises(UsageError, match=r"--format rows needs no_such_package: pip install \"bnprobe\[tables\]\"\."),
-    ):
-        renderer("rows", Report)
+def test_a_format_whose_package_is_missing_says_how_to_get_it_where_it_supports_the_document() -> None:
+    with FORMATS.including(replace(ROWS, package="no_such_package", extra="tables")):
+        with pytest.raises(
+            UsageError, match=r"--format rows needs no_such_package: pip install \"bnprobe\[tables\]\"\."
+        ):
+            renderer("rows", Report)
+        with pytest.raises(UsageError, match="--format rows does not support"):
+            renderer("rows", SweepReport)
 
 
 def test_what_is_no_document_is_refused() -> None:
