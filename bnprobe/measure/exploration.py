@@ -204,9 +204,7 @@ class _Watch(TorchFunctionMode):
             self.counters[module] = tuple(
                 name
                 for name, value in kept.items()
-                if name in after
-                and value.numel() == after[name].numel() == 1
-                and float(after[name]) - float(value) in range(1, 2**16)
+                if name in after and value.numel() == after[name].numel() == 1 and _counts_up(value, after[name])
             )
         for module in others:
             after, kept, channels = _buffers_like_statistics(module), before[module], self._channels.get(module, set())
@@ -263,6 +261,11 @@ def _buffers_like_statistics(module: nn.Module) -> dict[str, Tensor]:
     """Those that are registered as buffers."""
     names = {name for name, _ in module.named_buffers(recurse=False)}
     return {name: value for name, value in _statistics_like(module).items() if name in names}
+
+
+def _counts_up(before: Tensor, after: Tensor) -> bool:
+    added = float(after) - float(before)
+    return 1 <= added < 2**16 and added.is_integer()
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
