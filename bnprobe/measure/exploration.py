@@ -14,17 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bnprobe.config.spec import NormClass
 from bnprobe.measure.batch import map_leaves, tensors_of
-from bnprobe.measure.hooks import calling_line, why_outside
+from bnprobe.measure.hooks import Intercepted, Watch, calling_line, why_outside
 from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
 from bnprobe.measure.norms import (
     FROZEN,
-    BatchNormFamily,
     FunctionFamily,
     NormCall,
     NormFamily,
@@ -42,7 +39,7 @@ from bnprobe.records import SkippedLayer
 def explore(
     model: nn.Module,
     known: LayerSet,
-    run: Callable[[bool], Any],
+    run: Callable[[bool, Watch], None],
     is_selected: Callable[..., bool],
     classes: Mapping[str, NormClass] | None = None,
 ) -> LayerSet:
@@ -51,7 +48,7 @@ def explore(
     Args:
         model: The caller puts its state back.
         known: The layers of known families.
-        run: Runs the model on a micro-batch, in train mode if True; it may raise.
+        run: Runs the model on a micro-batch, in train mode if True, and lets the watch see its calls; it may raise.
         is_selected: Called with all names of a layer: whether it is in the report.
         classes: What the user says of norms of their own, by the name of the class.
     """
@@ -60,7 +57,7 @@ def explore(
         for training in (True, False):
             # What a pass raises is raised again, and said, when the model is measured.
             with watch.running(training), suppress(Exception):
-                run(training)
+                run(training, watch)
     skipped = {layer.name: layer for layer in known.skipped}
     modules = named_once(model)
     refused = {id(named.module) for named in modules if named.name in skipped and family_of(named.module) is not None}
@@ -111,7 +108,7 @@ _UNKNOWN = (
 
 def _as_called(layer: ProbedLayer, watch: _Watch) -> ProbedLayer:
     """A layer with what its calls say, where that differs from its attributes."""
-    calls = watch.known.get(place_of(layer.info.running_mean) or (0, 0, 0), [])
+    calls = watch.of_layers.get(place_of(layer.info.running_mean) or (0, 0, 0), [])
     info = layer.info
     if calls:
         info = replace(info, eps=calls[0].eps)
@@ -133,12 +130,12 @@ class _Found:
     family: NormFamily
 
 
-class _Watch(TorchFunctionMode):
+class _Watch:
     """Sees calls of ``F.batch_norm`` on statistics of no known layer, and what is written into which module.
 
     Attributes:
         calls: Those calls.
-        known: The calls on statistics of known layers, by their place.
+        of_layers: The calls on statistics of known layers, by their place.
         inputs: Of modules that may be norms of their own, in train mode.
         written: For these, the names of the tensors that the pass in train mode changed.
         counters: For every module, the names of its numbers that the pass counted up.
@@ -148,9 +145,8 @@ class _Watch(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, known: LayerSet) -> None:
-        super().__init__()
         self.calls: list[NormCall] = []
-        self.known: dict[tuple[int, int, int], list[NormCall]] = {}
+        self.of_layers: dict[tuple[int, int, int], list[NormCall]] = {}
         self.inputs: dict[nn.Module, Inputs] = {}
         self.written: dict[nn.Module, tuple[str, ...]] = {}
         self.counters: dict[nn.Module, tuple[str, ...]] = {}
@@ -161,32 +157,33 @@ class _Watch(TorchFunctionMode):
         layers = {layer.module for layer in known.layers}
         self._every = [named.module for named in named_once(model)]
         self._modules = [module for module in self._every if module not in layers and not _is_torchs(module)]
-        self._family = BatchNormFamily()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.batch_norm:
-            return func(*args, **kwargs)
-        call = self._family.parse(*args, **kwargs)
-        place = place_of(call.running_mean)
-        if place is not None:
-            into = self.known.setdefault(place, []) if place in self._places else self.calls
-            into.append(replace(call, input=call.input[:0].detach()))
-        elif call.training:
+    def unknown(self, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
+        """Take note of a call of no known layer, and make it."""
+        if not self._note(call) and call.training:
             self.outside.add((calling_line(), why_outside(call)))
         try:
-            return func(*args, **kwargs)
+            return run()
         except ValueError:  # one value per channel, which training refuses and a scan takes for 0
             return torch.zeros_like(call.input)
+
+    def known(self, found: Intercepted) -> None:
+        """Take note of a call of a known layer."""
+        self._note(found.call)
+
+    def _note(self, call: NormCall) -> bool:
+        """Take note of a call by the memory of its running mean; False where it has none."""
+        place = place_of(call.running_mean)
+        if place is not None:
+            into = self.of_layers.setdefault(place, []) if place in self._places else self.calls
+            into.append(replace(call, input=call.input[:0].detach()))
+        return place is not None
 
     @contextmanager
     def running(self, training: bool) -> Iterator[None]:
         """Watch one pass."""
         if not training:
-            with self:
-                yield
+            yield
             return
         seen = [module for module in self._modules if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
         candidates = [module for module in seen if len(_statistics_like(module)) > 1]
@@ -196,9 +193,8 @@ class _Watch(TorchFunctionMode):
             for module in others:
                 stack.callback(module.register_forward_pre_hook(self._note_channels).remove)
             for module in candidates:
-                stack.callback(module.register_forward_pre_hook(self._note, with_kwargs=True).remove)
-            with self:
-                yield
+                stack.callback(module.register_forward_pre_hook(self._note_inputs, with_kwargs=True).remove)
+            yield
         for module, kept in before.items():
             after = own_tensors(module)
             self.counters[module] = tuple(
@@ -223,7 +219,7 @@ class _Watch(TorchFunctionMode):
         inputs = [leaf for leaf in tensors_of(args) if leaf.dim() > 1]
         self._channels[module] = {inputs[0].shape[1], inputs[0].shape[-1]} if inputs else set()
 
-    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _note_inputs(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module not in self.inputs:
             args, kwargs = map_leaves((args, kwargs), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             self.inputs[module] = Inputs(args, kwargs)

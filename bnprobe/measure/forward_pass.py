@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bnprobe.errors import ModelError
 from bnprobe.measure.batch import CannotEmulateError, as_plain, like_subclass
-from bnprobe.measure.hooks import Intercepted
+from bnprobe.measure.hooks import Intercepted, Watch
 from bnprobe.measure.layers import ProbedLayer
 from bnprobe.measure.norms import GroupsRows, NormCall
 from bnprobe.measure.pass_moments import moments_of_sums
@@ -256,7 +256,9 @@ class Pass:
         blend: Layers that take in the statistics of every row where they would use their running ones; None: none.
         plain: Batch Renorm normalizes as BN does, uncorrected: for statistics that do not depend on the running ones.
         moments: Record the moments of layers that normalize with running statistics, too.
+        watch: Sees the calls of ``F.batch_norm``.
         immediate: The records are read while the pass runs, so that no call waits for ``compute_moments``.
+        exact: No call waits: what is read of those that would only says which are to be computed with care.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
             lost; None: all. The others wait for ``compute_moments``.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
@@ -279,7 +281,9 @@ class Pass:
     plain: bool = False
     leaves: dict[Slot, Leaves] | None = None
     moments: bool = True
+    watch: Watch | None = None
     immediate: bool = False
+    exact: bool = False
     careful: AbstractSet[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
@@ -322,6 +326,7 @@ class Pass:
         sums = _sums(seen, grouping, by_batch and not gradient, per_sample) if waits else None
         if sums is not None:
             self._waiting[slot] = sums, call.eps
+        if sums is not None and not self.exact:
             mean, variance = sums.mean, sums.squares  # until ``compute_moments``
         else:
             mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
@@ -336,7 +341,7 @@ class Pass:
             rows=call.input.shape[0] // grouping.groups,
         )
         if by_batch:
-            if sums is not None and not gradient:
+            if sums is not None and not gradient and not self.exact:
                 return _normalize_by_sums(call, sums, grouping)
             if call.unbiased:
                 variance = variance * bessel(self.records[slot].values)
@@ -364,7 +369,8 @@ class Pass:
             size = self.batch_size if rows == self.samples else 1  # else groups already
             moments, bad = moments_of_sums(parts, size, pooled, floor)
             for slot, (mean, variance) in zip(slots, moments, strict=True):
-                self.records[slot] = replace(self.records[slot], mean=mean, variance=variance)
+                if not self.exact:
+                    self.records[slot] = replace(self.records[slot], mean=mean, variance=variance)
             uncertain += [slots[position] for position in bad]
         self._waiting.clear()
         return frozenset(uncertain)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -44,6 +45,16 @@ Answer = Callable[[Intercepted], Tensor]
 """Gives the normalized output of an intercepted call."""
 
 
+class Watch(Protocol):
+    """Sees the calls of ``F.batch_norm`` in a pass."""
+
+    def known(self, found: Intercepted) -> None:
+        """Take note of a layer's call, which is answered afterwards."""
+
+    def unknown(self, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
+        """Answer a call of no layer; ``run`` makes it as it stands."""
+
+
 class Interceptor(TorchFunctionMode):
     """Hands the layers' calls of their functional form to an answer.
 
@@ -62,6 +73,7 @@ class Interceptor(TorchFunctionMode):
         self._answer: Answer | None = None
         self._entered: Callable[[ProbedLayer], None] | None = None
         self._outside: Callable[[tuple[str, str]], None] | None = None
+        self._watch: Watch | None = None
         self._on = ExitStack()
         self._hooks = ExitStack()
         self._installed = False
@@ -113,6 +125,7 @@ class Interceptor(TorchFunctionMode):
         answer: Answer,
         entered: Callable[[ProbedLayer], None] | None = None,
         outside: Callable[[tuple[str, str]], None] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[None]:
         """Let ``answer`` give the outputs of the layers while the block runs; the hooks are installed.
 
@@ -125,8 +138,9 @@ class Interceptor(TorchFunctionMode):
             entered: Called with every layer whose forward begins.
             outside: Called with the line of user code that calls a functional form outside any layer on the statistics
                 of its batch, and with why this is the call of none.
+            watch: Sees the calls of ``F.batch_norm``; those outside any layer only where ``outside`` is given.
         """
-        self._answer, self._entered, self._outside = answer, entered, outside
+        self._answer, self._entered, self._outside, self._watch = answer, entered, outside, watch
         self._callers.clear()
         try:
             with self if outside is not None else ExitStack():
@@ -134,7 +148,7 @@ class Interceptor(TorchFunctionMode):
         finally:
             self._callers.clear()  # Ctrl-C skips the hooks of the layers that it ends
             self._on.close()
-            self._answer = self._entered = self._outside = None
+            self._answer = self._entered = self._outside = self._watch = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -145,6 +159,9 @@ class Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         call = family.parse(*args, **kwargs)
         layer = self._layer_of(call)
+        watch = self._watch if F.batch_norm in family.functionals else None
+        if layer is None and watch is not None:
+            return watch.unknown(call, lambda: func(*args, **kwargs))
         if layer is None:
             if self._outside is not None and call.training and place_of(call.running_mean) not in self.named:
                 self._outside((calling_line(), why_outside(call)))
@@ -156,7 +173,10 @@ class Interceptor(TorchFunctionMode):
             )
         if self._entered is not None and isinstance(layer.family, FunctionFamily):
             self._entered(layer)
-        return self._answer(Intercepted(layer, family, call, lambda: func(*args, **kwargs)))
+        found = Intercepted(layer, family, call, lambda: func(*args, **kwargs))
+        if watch is not None:
+            watch.known(found)
+        return self._answer(found)
 
     def answered(self, found: Intercepted) -> Tensor:
         """The answer to a call that is no function; its input where nothing answers."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from bnprobe.errors import UserCodeError
 from bnprobe.loading.samples import count_samples
-from bnprobe.measure.batch import MicroBatch, join, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, to_device
 from bnprobe.measure.evidence import Evidence, PathEvidence
 from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass
@@ -18,7 +18,7 @@ from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.outputs import Contributions, relative_distance
-from bnprobe.measure.physical_batch import Emulation, as_sentence
+from bnprobe.measure.physical_batch import Emulation, agreement, as_sentence, checked, self_check
 from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.scores import Found, score_outputs
 from bnprobe.measure.session import PathName, Session
@@ -39,16 +39,16 @@ class _Step:
     """One physical batch on its way through the paths.
 
     Attributes:
-        joined: The physical batch, on the device.
+        given: The micro-batches, on the host.
+        joined: The same as a physical batch, on the device.
         apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
-        micro_batches: How many there are.
         size: Samples in each of them.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
 
+    given: list[Any]
     joined: Any
     apart: list[Any]
-    micro_batches: int
     size: int
     passes: dict[PathName, Pass] = field(default_factory=dict)
     outputs: dict[PathName, Any] = field(default_factory=dict)
@@ -99,15 +99,40 @@ class Measurement:
 
     def refuse(self, error: Refusal) -> None:
         """Go on with real micro-batches, which cannot run together for this reason."""
-        self._go_on_apart(Emulation(False, as_sentence(error), self.evidence.batching.emulation.check, {}))
+        self._check()
+        emulation = self.evidence.batching.emulation
+        if emulation.trusted:
+            self._go_on_apart(Emulation(False, as_sentence(error), emulation.check, {}))
 
     def check_again(self, micro_batches: list[Any]) -> None:
         """Go on with real micro-batches if some of these show that the model depends on the largest sample."""
         emulation, size = self.evidence.batching.emulation, self.evidence.batch_size
         found = (MicroBatch(batch, self.samples_in(batch) or size) for batch in micro_batches)
-        checked = checked_further(self.session, self.extremes, emulation, found)
-        if checked is not emulation:
-            self._go_on_apart(checked)
+        verdict = checked_further(self.session, self.extremes, emulation, found)
+        if verdict is not emulation:
+            self._go_on_apart(verdict)
+
+    def _check(self, step: _Step | None = None) -> None:
+        """See whether micro-batches run together, if that is still open: by a step that holds those that ran alone, or
+        else by the self-check.
+
+        Raises:
+            CannotEmulateError: They do not, and did in this step.
+        """
+        batching = self.evidence.batching
+        emulation, alone = replace(batching.emulation, alone=()), batching.emulation.alone
+        if not alone:
+            return
+        self.evidence.batching = replace(batching, emulation=emulation)  # whatever is raised, nothing is left open
+        check = None if step is None else agreement(self.session, alone, step.given, step.passes, step.outputs)
+        if check is not None:
+            emulation = replace(emulation, check=check)
+        else:
+            opening = [each.batch for each in alone]
+            emulation, _ = checked(self.session, opening, batching.batch_size, self_check)
+        self.evidence.batching = replace(batching, emulation=emulation)
+        if step is not None and not emulation.trusted:
+            raise CannotEmulateError(emulation.reason)
 
     def _go_on_apart(self, refused: Emulation) -> None:
         later = "Later micro-batches run one by one. " if self.evidence.emulated else ""
@@ -124,6 +149,7 @@ class Measurement:
     def _measure(self, micro_batches: list[Any]) -> None:
         evidence, step = self.evidence, self._step_of(micro_batches)
         draws: dict[PathName, bool] = {path: self._forward(path, step) for path in evidence.paths if path != "steady"}
+        self._check(step)
         repeat = self._repeat(step, draws["eval"]) if self.more is None else evidence.repeat
         random = self._is_random(draws) if self.more is None else evidence.random
         started = time.perf_counter()
@@ -193,13 +219,13 @@ class Measurement:
     def _pass(self, path: PathName, step: _Step, per_sample: bool = False) -> Pass:
         """Real batches of any size count as one of the usual size, unless their samples are told apart."""
         batching = replace(self.evidence.batching, batch_size=step.size) if per_sample else self.evidence.batching
-        return batching.pass_over(step.micro_batches, path, per_sample=per_sample)
+        return batching.pass_over(len(step.given), path, per_sample=per_sample)
 
     def _step_of(self, micro_batches: list[Any]) -> _Step:
         device, scored = self.session.device, self.scored and self.session.functions.scores
         apart = [to_device(batch, device) for batch in micro_batches] if scored else []
         size = self.samples_in(micro_batches[0]) or self.evidence.batch_size
-        return _Step(to_device(join(micro_batches, size), device), apart, len(micro_batches), size)
+        return _Step(micro_batches, to_device(join(micro_batches, size), device), apart, size)
 
     def _forward(self, path: PathName, step: _Step) -> bool:
         """Run one path; return whether it drew random numbers, which is checked in the first step only."""

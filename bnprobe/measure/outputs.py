@@ -12,12 +12,9 @@ from torch import Tensor
 
 from bnprobe.measure.batch import as_plain, tensors_of
 from bnprobe.measure.scores import ScoreTable
-from bnprobe.measure.session import PathName
+from bnprobe.measure.session import PATHS
 from bnprobe.numbers import IN_MODE
 from bnprobe.records import MEASURES, Measure, Output, PathValues
-
-PATHS: tuple[PathName, PathName] = ("train", "eval")
-"""The paths whose outputs are compared."""
 
 _CHUNK_VALUES = 2**22
 """Scores turned into float64 probabilities at a time."""

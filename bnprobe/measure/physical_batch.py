@@ -9,12 +9,16 @@ Random layers draw other numbers in every run, so with them the question is put 
 does a micro-batch stay as it is when another one takes the place of its neighbour? A model that draws random numbers in
 eval mode as well cannot be told from one that mixes, and is not emulated. Nor is one that raises on joined
 micro-batches.
+
+In most models they differ by no more than rounding. A scan sees that by its first physical batch, which it measures
+anyway (``agreement``); all of this runs only where there is more to be seen (``self_check``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from textwrap import shorten
 from typing import Any, Literal
@@ -31,7 +35,7 @@ from bnprobe.measure.layers import named_once
 from bnprobe.measure.memory import Chunks, Footprint, fits_in_memory, is_out_of_memory, plan_samples
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state, random_state, set_mode
-from bnprobe.measure.session import PathName, Session
+from bnprobe.measure.session import PATHS, Alone, PathName, Session
 from bnprobe.records import SelfCheck
 from bnprobe.stats.moments import statistics_distance
 from bnprobe.wording import either, option
@@ -66,6 +70,8 @@ class Emulation:
         check: The comparison; None if it could not be made.
         layouts: For each path, the row layout of the calls that see several rows per sample.
         values: For each path, the values per channel and sample that each call saw.
+        alone: What the opening micro-batches gave by themselves, where the first physical batch, which holds them, is
+            still to be compared with it: until then they are trusted to run together.
     """
 
     trusted: bool
@@ -73,6 +79,7 @@ class Emulation:
     check: SelfCheck | None
     layouts: Mapping[str, Mapping[Slot, RowLayout]]
     values: Mapping[str, Mapping[Slot, float]] = field(default_factory=dict)
+    alone: tuple[Alone, ...] = ()
 
     def layouts_of(self, path: PathName) -> dict[Slot, RowLayout]:
         """The row layouts on one path; those of the train path also hold without random layers."""
@@ -140,6 +147,51 @@ def self_check(session: Session, micro_batches: list[Any], batch_size: int) -> t
     return verdict, footprint
 
 
+def agreement(
+    session: Session,
+    alone: Sequence[Alone],
+    micro_batches: Sequence[Any],
+    passes: Mapping[PathName, Pass],
+    outputs: Mapping[PathName, Any],
+) -> SelfCheck | None:
+    """The self-check by a physical batch: what micro-batches give in it is what they gave alone, but for rounding.
+
+    Args:
+        alone: What some of them gave.
+        micro_batches: On the host, in the order in which they were joined.
+        passes, outputs: Of the physical batch, on both paths.
+
+    Returns:
+        None where that is not so, or nothing shows it: then ``self_check`` decides.
+    """
+    floor, layers, number = _unit(session) * _FLOOR, session.layers.layers, len(micro_batches)
+    of_outputs: list[float] = []
+    of_statistics: list[float] = []
+    places = {id(batch): position for position, batch in enumerate(micro_batches)}
+    positions = [places[id(each.batch)] for each in alone if id(each.batch) in places]
+    if len(positions) < len(alone):
+        return None
+    for path in PATHS:
+        pass_, reals = passes[path], [each.passes[path] for each in alone]
+        if any(_values_per_sample(real) != _values_per_sample(pass_) for real in reals):
+            return None
+        references, size = _references(reals), pass_.batch_size
+        for slot, reference in references.items():
+            record = pass_.records[slot]
+            mean, variance = (value[positions] for value in record.per_group(size))
+            record = replace(record, mean=mean, variance=variance)
+            of_statistics.append(_difference(record, *reference, layers[slot[0]].info.eps))
+        outputs_alone = zip(positions, [each.outputs[path] for each in alone], strict=True)
+        pairs = [pair for at, output in outputs_alone for pair in _pairs_at(at, size, output, outputs[path], number)]
+        error = _relative_error(pairs)
+        if error is None and not references:
+            return None
+        of_outputs.append(error or 0.0)
+    output_error, statistic_error = max(of_outputs), max(of_statistics, default=0.0)
+    agrees = max(output_error, statistic_error) <= floor
+    return SelfCheck(output_error, statistic_error, floor, True, None) if agrees else None
+
+
 def check_samples(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
     """As ``self_check``, on the eval path alone: whether samples are independent of each other there."""
     return _check(session, "check eval", micro_batches, batch_size)
@@ -161,6 +213,12 @@ def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
     )
     layouts, values = {**verdict.layouts, **inference.layouts}, {**verdict.values, **inference.values}
     return replace(verdict, check=worst, layouts=layouts, values=values)
+
+
+def _footprint(pass_: Pass) -> Footprint:
+    """What a sample takes in memory."""
+    sizes = [record.bytes // pass_.batch_size for record in pass_.records.values()]
+    return Footprint(total=sum(sizes), largest=max(sizes, default=0))
 
 
 def _values_per_sample(pass_: Pass) -> dict[Slot, float]:
@@ -201,8 +259,7 @@ _COMPARED: dict[PathName, Literal["train", "steady", "eval"]] = {"check train": 
 def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> _Comparison:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
-    sizes = [record.bytes // batch_size for record in reals[0].records.values()]
-    footprint = Footprint(total=sum(sizes), largest=max(sizes, default=0))
+    footprint = _footprint(reals[0])
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
         output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
@@ -218,7 +275,7 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
     check = replace(check, paths=(name,))
     part = "eval" if name == "eval" else "train"
     layouts, values = {part: emulated.layouts}, {part: _values_per_sample(emulated)}
-    emulation = Emulation(check.passed, _reason(check, blind, batch_size), check, layouts, values)
+    emulation = Emulation(check.passed, _reason(check.passed, blind, batch_size), check, layouts, values)
     return _Comparison(emulation, footprint, blind, frozenset(emulated.records))
 
 
@@ -286,7 +343,7 @@ def _unless_mixed_at_random(
     furthest, layer = beyond[0] if beyond else (largest, None)
     check = replace(check, statistic_error=furthest, tolerance=tolerance, passed=False, first_layer=layer)
     mixes = "In training, the model mixes the samples of a batch at random."
-    return Emulation(False, mixes if beyond else _reason(check, True, batch_size), check, {})
+    return Emulation(False, mixes if beyond else _reason(False, True, batch_size), check, {})
 
 
 _Run = tuple[Mapping[Slot, Recorded], Any]
@@ -309,9 +366,7 @@ def _moved(session: Session, run: _Run, other: _Run, position: int, batch_size: 
     for one, two in zip(tensors_of(output), tensors_of(other_output), strict=False):
         same = one.is_floating_point() and one.shape == two.shape
         if same and one.dim() > 0 and one.shape[0] % (2 * batch_size) == 0:
-            # Rows of one sample are consecutive, or in blocks of all samples.
-            layouts: list[tuple[tuple[int, ...], int]] = [((2, -1), 0), ((-1, 2, batch_size), 1)]
-            rows = [[each.unflatten(0, shape).select(axis, position) for each in (one, two)] for shape, axis in layouts]
+            rows = zip(*(_rows_of(each, position, batch_size, 2) for each in (one, two)), strict=True)
             found.append((min(_relative(*pair) for pair in rows), None))
     return found
 
@@ -418,24 +473,46 @@ def _unit(session: Session) -> float:
 
 def _output_error(outputs: list[Any], joint: Any, samples: int) -> float | None:
     """Relative L2 difference between the concatenated real outputs and the emulated output; None if none compares."""
-    error = norm = 0.0
-    compared = False
+    pairs: list[tuple[Tensor, list[Tensor]]] = []
     for parts, whole in zip(zip(*map(tensors_of, outputs), strict=False), tensors_of(joint), strict=False):
         if any(part.dim() == 0 for part in parts) or whole.numel() == 0:
             continue
         per_sample = whole.dim() > 0 and whole.shape[0] % samples == 0
-        if not per_sample or not whole.is_floating_point() or sum(part.shape[0] for part in parts) != whole.shape[0]:
-            continue
-        reference = _finite(whole.double())
+        if per_sample and whole.is_floating_point() and sum(part.shape[0] for part in parts) == whole.shape[0]:
+            pairs.append((whole, _arrangements(parts, samples)))
+    return _relative_error(pairs)
+
+
+def _pairs_at(
+    position: int, size: int, alone: Any, joint: Any, micro_batches: int
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """The outputs of a micro-batch that ran alone that compare, with what may be its rows in those of several."""
+    pairs = zip(tensors_of(alone), tensors_of(joint), strict=False)
+    return [
+        (part, _rows_of(whole, position, size, micro_batches))
+        for part, whole in pairs
+        if part.is_floating_point() and part.numel() and part.dim() and part.shape[0] % size == 0
+        if whole.shape == (part.shape[0] * micro_batches, *part.shape[1:])
+    ]
+
+
+def _rows_of(whole: Tensor, position: int, size: int, micro_batches: int) -> list[Tensor]:
+    """Those of one micro-batch, if rows of one sample are consecutive, or in blocks of all samples."""
+    blocks = whole.unflatten(0, (-1, micro_batches, size))
+    return [whole.unflatten(0, (micro_batches, -1))[position], blocks[:, position].flatten(0, 1)]
+
+
+def _relative_error(pairs: list[tuple[Tensor, list[Tensor]]]) -> float | None:
+    """Relative L2 difference of tensors from the arrangement of others that is nearest; None if there are none."""
+    error = norm = 0.0
+    for tensor, arrangements in pairs:
+        reference = _finite(tensor.double())
         size = float(reference.norm()) or 1.0
-        rows = (_finite(part.double()) for part in _arrangements(parts, samples))
-        difference = min(float((each - reference).norm()) / size for each in rows)
-        weight, compared = float(reference.square().sum()), True
+        difference = min(float((_finite(each.double()) - reference).norm()) / size for each in arrangements)
+        weight = float(reference.square().sum())
         error += difference**2 * weight
         norm += weight
-    if not compared:
-        return None
-    return (error / norm) ** 0.5 if norm > 0 else error
+    return None if not pairs else (error / norm) ** 0.5 if norm > 0 else error
 
 
 def _arrangements(parts: tuple[Tensor, ...], samples: int) -> list[Tensor]:
@@ -461,16 +538,20 @@ def as_sentence(error: CannotEmulateError | BnprobeError, raiser: str = "Joined 
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _reason(check: SelfCheck, blind: bool, batch_size: int) -> str:
-    if check.passed:
+def _reason(passed: bool, blind: bool, batch_size: int) -> str:
+    if passed:
         return f"Statistics are taken per group of {batch_size} sample{'s' if batch_size > 1 else ''}."
     if blind:
         return "The forward pass is random, or amplifies rounding errors too much to verify emulation."
     return "The model mixes the samples of a batch."
 
 
-def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> Batching:
+def plan_batching(session: Session, reader: Reader, settings: ScanSettings, later: bool = False) -> Batching:
     """Whether micro-batches may run together, and how many do.
+
+    Args:
+        later: Where nothing speaks against it they may, for now: the caller sees in the first physical batch, by
+            ``agreement``, whether they do. Then there is no check in the verdict yet.
 
     Raises:
         UsageError: The physical batch asked for is smaller than a micro-batch.
@@ -492,11 +573,38 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings) -> B
         emulation, _ = checked(session, opening, size, check_samples)
         reason = "One micro-batch already fills a physical batch." if emulation.trusted else emulation.reason
         return Batching(size, replace(emulation, reason=reason))
-    emulation, footprint = checked(session, opening, size, self_check)
+    if later and (found := _on_trust(session, opening, size)) is not None and not settings.batch_sizes:
+        emulation, footprint = found
+    else:
+        emulation, footprint = checked(session, opening, size, self_check)
     if not emulation.trusted:
         return Batching(size, emulation)
     samples = settings.physical_batch or plan_samples(footprint, session.device)
     return Batching(size, emulation, max(1, samples // size))
+
+
+def _on_trust(session: Session, opening: list[Any], size: int) -> tuple[Emulation, Footprint] | None:
+    """The verdict before the first physical batch, which is to show it; and what a sample takes in memory.
+
+    The first micro-batch ran when layers were looked for, so the others run here.
+
+    Returns:
+        None where that physical batch cannot show it: random numbers are drawn, rows are not samples, or autocast is
+            on, which the self-check does without.
+    """
+    first, session.alone = session.alone, None
+    if first is None or first.batch is not opening[0] or len(opening) < OPENING or session.autocast is not None:
+        return None
+    records = [record for pass_ in first.passes.values() for record in pass_.records.values()]
+    rows_are_samples = all(record.rows == size and record.groups is None for record in records)
+    if first.random or first.passes.keys() != set(PATHS) or not rows_are_samples:
+        return None
+    others = tuple(Alone(batch) for batch in opening[1:])
+    for each, path in itertools.product(others, PATHS):
+        session.run_alone(path, each, size)
+    values: dict[str, Mapping[Slot, float]] = {path: _values_per_sample(first.passes[path]) for path in PATHS}
+    emulation = Emulation(True, _reason(True, False, size), None, {}, values, (first, *others))
+    return emulation, _footprint(first.passes["train"])
 
 
 def checked(session: Session, opening: list[Any], size: int, check: Check) -> tuple[Emulation, Footprint]:

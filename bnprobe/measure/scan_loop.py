@@ -73,7 +73,7 @@ def probe(
         ProcessError: Another process is gone.
     """
     started = time.perf_counter()
-    measurement = _prepare(session, reader, settings)
+    measurement = _prepare(session, reader, settings, world)
     evidence, size = measurement.evidence, reader.batch_size
     evidence.other_samples = other_samples(reader.look_ahead(1), world)
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
@@ -115,11 +115,11 @@ def _put_together(evidence: Evidence, ending: ScanEnding, world: World) -> tuple
     return whole, together(endings)
 
 
-def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
-    session.explore(reader.look_ahead(1))
+def _prepare(session: Session, reader: Reader, settings: ScanSettings, world: World) -> Measurement:
+    session.explore(reader.look_ahead(1), reader.batch_size)
     unscored = _leave_out_unscorable(session, reader)
     size, share = reader.batch_size, reader.share
-    batching = plan_batching(session, reader, settings)
+    batching = plan_batching(session, reader, settings, later=world.size == 1)
     if settings.batch_sizes and not batching.emulation.trusted:
         raise UsageError(
             f"{option('--batch-sizes')} regroups samples, which is not possible for this model."
@@ -135,7 +135,7 @@ def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measur
     evidence = Evidence(session.layers, batching, {"train": path("train"), "eval": path("eval")}, others)
     evidence.unscored = unscored
     measurement = Measurement(session, evidence, steady=path("steady"), samples_in=reader.samples_in)
-    # Those by which it was checked already.
+    # Those by which it is checked.
     measurement.extremes.widened_by(session, [MicroBatch(batch, size) for batch in reader.look_ahead(OPENING)])
     return measurement
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
@@ -35,14 +35,14 @@ from bnprobe.measure.batch import (
 )
 from bnprobe.measure.exploration import explore
 from bnprobe.measure.forward_pass import Pass, Slot
-from bnprobe.measure.hooks import Interceptor
+from bnprobe.measure.hooks import Interceptor, Watch
 from bnprobe.measure.interrupts import Restore, Restoring, deferred_interrupts, run_all
 from bnprobe.measure.keepers import set_flag
 from bnprobe.measure.layers import LayerSet, find_layers, named_once, require_layers
 from bnprobe.measure.memory import is_out_of_memory
 from bnprobe.measure.norms import FunctionFamily, place_of
 from bnprobe.measure.recognition import own_tensors
-from bnprobe.measure.restore import ModelState, held_in_eval, keep_random_state, set_mode
+from bnprobe.measure.restore import ModelState, held_in_eval, keep_random_state, random_state, set_mode
 from bnprobe.wording import either
 
 Outputs = dict[tuple[int, ...], Any]
@@ -51,6 +51,9 @@ Outputs = dict[tuple[int, ...], Any]
 PathName = Literal["train", "steady", "eval", "check", "check train", "check eval"]
 """The two paths; "steady", the train path without dropout and other random layers (batch statistics, all else in eval
 mode); and the same three as the self-check runs them, always without autocast."""
+
+PATHS: tuple[PathName, PathName] = ("train", "eval")
+"""The two paths."""
 
 Progress = Callable[[int, int], None]
 """Called with the micro-batches done and planned, or of a scan, the number after which it looks again."""
@@ -68,6 +71,22 @@ _IN_WORDS: dict[PathName, str] = {
     "check train": "self-check",
     "check eval": "self-check",
 }
+
+
+@dataclass
+class Alone:
+    """What a micro-batch gave by itself.
+
+    Attributes:
+        batch: On the host, as the loader gave it.
+        passes, outputs: On the train and the eval path; those that raised are missing.
+        random: Random numbers were drawn.
+    """
+
+    batch: Any
+    passes: dict[PathName, Pass] = field(default_factory=dict)
+    outputs: dict[PathName, Any] = field(default_factory=dict)
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,8 @@ class Session:
 
     Attributes:
         held: Modules that the user keeps in eval mode while training.
+        alone: What the micro-batch gave by which layers were looked for, until the self-check takes it; None where that
+            is not wanted, or layers were found that this pass is without.
     """
 
     def __init__(
@@ -126,6 +147,7 @@ class Session:
         self.device = device
         self.autocast = autocast
         self.held = held_in_eval(model)
+        self.alone: Alone | None = None
         self._settings = settings or ScanSettings()
         self._kept = kept
         self._explored = False
@@ -186,11 +208,12 @@ class Session:
                 with deferred_interrupts():
                     self._state.put_back()
 
-    def explore(self, opening: Iterable[Any], *, required: bool = True) -> None:
+    def explore(self, opening: Iterable[Any], samples: int | None = None, *, required: bool = True) -> None:
         """Find the layers that no class gives away, and what state a pass moves, by one micro-batch; once.
 
         Args:
             opening: Micro-batches on the host, of which the first is used.
+            samples: In it, where what it gives is to be kept for the self-check.
             required: Refuse a model without layers.
 
         Raises:
@@ -200,17 +223,19 @@ class Session:
             return
         batch = next(iter(opening), None)
         if batch is not None:
-            batch = to_device(batch, self.device)
+            known, settings, alone = self.layers, self._settings, Alone(batch)
 
-            def run(training: bool) -> None:
-                self._state.put_back()
-                self._set_flags("train" if training else "eval")
-                with model_code("calling the model"), casting(self.device, self.autocast):
-                    self._forward(self.model, copy_tensors(batch))
+            def run(training: bool, watch: Watch) -> None:
+                path: PathName = "train" if training else "eval"
+                if samples is None:
+                    self.forward(path, to_device(batch, self.device), Pass(1, 1, watch=watch))
+                else:
+                    self.run_alone(path, alone, samples, watch)
 
             with Restoring(self._state.keep_generators), self._state.watching():
-                settings = self._settings
                 self.layers = explore(self.model, self.layers, run, settings.is_selected, settings.norms)
+            same = [layer.module for layer in known.layers] == [layer.module for layer in self.layers.layers]
+            self.alone = alone if same and samples is not None else None
             self._interceptor.layers = self.layers.layers
             skipped = {layer.name for layer in self.layers.skipped}
             modules = [named.module for named in named_once(self.model) if named.name in skipped]
@@ -221,6 +246,14 @@ class Session:
         if required:
             require_layers(self.model, self.layers)
         self._explored = True
+
+    def run_alone(self, path: PathName, alone: Alone, samples: int, watch: Watch | None = None) -> None:
+        """Run a micro-batch by itself, and note what it gives; ``watch`` as of ``Pass``."""
+        # In the first pass in a mode it is not known yet which calls lose digits.
+        pass_, before = Pass(samples, samples, watch=watch, exact=watch is not None), random_state()
+        alone.outputs[path], _ = self.forward(path, to_device(alone.batch, self.device), pass_)
+        alone.passes[path] = pass_
+        alone.random |= random_state() != before
 
     def forward(self, path: PathName, batch: Any, pass_: Pass) -> tuple[Any, Outputs]:
         """Run the model on a copy of a batch that is on the device, as ``pass_`` says; the moments go there.
@@ -241,9 +274,10 @@ class Session:
         pass_.careful = self._careful
         before = [*keep_random_state(), *self._state.keep_generators()]
         found = self._run(path, batch, pass_)
-        if uncertain := pass_.compute_moments():  # once: from now on they are looked at by themselves
+        uncertain = pass_.compute_moments()
+        self._careful |= uncertain  # from now on they are looked at by themselves
+        if uncertain and not pass_.exact:
             del found  # which may hold a graph
-            self._careful |= uncertain
             pass_.restart()
             run_all(before)
             found = self._run(path, batch, pass_)
@@ -319,7 +353,8 @@ class Session:
     def _running(self, path: PathName, pass_: Pass, functions: bool = True) -> Iterator[None]:
         autocast = None if path.startswith("check") else self.autocast
         entered, outside = (lambda layer: pass_.entered.add(layer.index)), pass_.functional.add if functions else None
-        with casting(self.device, autocast), self._interceptor.answering(pass_.answer, entered, outside):
+        answering = self._interceptor.answering(pass_.answer, entered, outside, pass_.watch)
+        with casting(self.device, autocast), answering:
             yield
 
     def _set_flags(self, path: PathName) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
 from bnprobe.errors import UserCodeError
+from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.session import PathName, Session
 from bnprobe.records import Report
 from support.compare import assert_same_figures
 from support.networks import (
@@ -78,6 +80,48 @@ def test_any_physical_batch_gives_the_same(physical: int) -> None:
     assert report.scan.physical_batch == min(physical, 14)
     assert report.scan.emulated == (physical > 2)
     assert_same_figures(report, scan(model, data, 2, num_batches=7, emulate=False), rel=1e-4)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Path and samples of every forward pass, in order: a list that the model held would be put back."""
+    found: list[tuple[str, int]] = []
+    run = Session._run
+
+    def noted(session: Session, path: PathName, batch: Any, pass_: Pass) -> Any:
+        found.append((path, pass_.samples))
+        return run(session, path, batch, pass_)
+
+    monkeypatch.setattr(Session, "_run", noted)
+    return found
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_the_first_physical_batch_is_the_joined_one_of_the_check(offset: float, passes: list[tuple[str, int]]) -> None:
+    """Also where the moments of a layer lose digits: the passes over single micro-batches show which do."""
+    norm, data = nn.BatchNorm2d(3, momentum=1.0), [batch + offset for batch in images(32, 32, 3, 8, 8)]
+    norm(torch.cat(data))  # its statistics are those of the data, so that nothing is flagged
+    report = scan(norm, data, 32, num_batches=32, physical_batch=1024)
+    assert report.scan.emulated
+    assert report.scan.self_check.passed
+    assert not report.layers[0].flagged
+    # Two micro-batches by themselves, then all of them.
+    assert passes == [(path, samples) for samples in (32, 32, 1024) for path in ("train", "eval")]
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_where_more_than_rounding_is_to_be_seen_the_whole_check_runs(
+    random: bool, passes: list[tuple[str, int]]
+) -> None:
+    """Where training is random before the first physical batch; where rounding is amplified after it."""
+    model, data = chaotic()
+    if random:
+        model, data = unsettled(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5))), images(8, 4, 6)
+    report = scan(model, data, len(data[0]), num_batches=len(data))
+    assert report.scan.emulated
+    sizes = [samples for _, samples in passes]
+    two, every = (sizes.index(number * len(data[0])) for number in (2, len(data)))
+    assert (two < every) == random
 
 
 MIXING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
