@@ -14,7 +14,6 @@ from bnprobe.measure.batch import join
 from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import find_layers
-from bnprobe.measure.physical_batch import self_check
 from bnprobe.measure.session import PathName, Session, UserFunctions
 from bnprobe.measure.statistic import Scope
 from bnprobe.records import Report
@@ -82,11 +81,6 @@ class Probe:
                 for one in sums:
                     one.add(pass_.records, self._layers.layers)
         return sums
-
-    def check(self) -> None:
-        """The self-check that a scan begins with, whatever the number of images."""
-        with self._installed() as session:
-            self_check(session, [step[0] for step in self._steps[:2]], BATCH_SIZE)
 
     @contextmanager
     def _installed(self) -> Iterator[Session]:

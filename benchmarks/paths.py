@@ -45,7 +45,7 @@ def _network(setting: Setting, name: str) -> list[Row]:
             f"{name}, whole scan of {setting.images} images / 2 plain forwards",
             rounds.ratio("scan", fastest, times=2),
             SCAN_GOALS[max(images for images in SCAN_GOALS if images <= max(setting.images, min(SCAN_GOALS)))],
-            f"{rounds.median('scan'):.2f} s, of which self-check {rounds.median('self-check'):.2f} s",
+            f"{rounds.median('scan'):.2f} s",
         ),
     ]
 
@@ -59,7 +59,6 @@ def _contenders(setting: Setting, model: nn.Module, physical: int) -> dict[str, 
     return contenders | {
         "train": lambda: probe.run("train"),
         "eval": lambda: probe.run("eval"),
-        "self-check": probe.check,
         "scan": lambda: whole_scan(model, micro_batches),
     }
 

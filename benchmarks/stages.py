@@ -31,7 +31,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "bnprobe.measure.session:find_layers",
         "bnprobe.commands.scan:_facts",
     ),
-    "self-check": ("bnprobe.measure.scan_loop:plan_batching",),
+    "self-check": ("bnprobe.measure.scan_loop:plan_batching", "bnprobe.measure.measurement:Measurement._check"),
     "passes of the paths": ("bnprobe.measure.measurement:Measurement._forward",),
     "comparison of outputs": ("bnprobe.measure.outputs:OutputSums.measure",),
     "sums over micro-batches": ("bnprobe.measure.evidence:Evidence.add",),
