@@ -37,21 +37,21 @@ def moments_of_sums(parts: Sequence[RowSums], size: int, pooled: bool, floor: fl
     variance = torch.cat([part.squares for part in parts], 1).double()
     widths = tuple(part.mean.shape[1] for part in parts)
     looked_at = any(part.positions is not None for part in parts)
-    limits = None
+    bounds: tuple[Tensor, Tensor] | None = None
     if looked_at:
         kinds = tuple((part.positions, part.mean.dtype) for part in parts)
-        per_position, minus, limits = _by_column(kinds, widths, mean.device)
+        per_position, minus, bounds = _by_column(kinds, widths, floor, mean.device)
         variance.mul_(per_position).addcmul_(mean * minus, mean, value=-1).clamp_min_(0.0)
     whole = (mean, variance) if size == 1 else pool_moments(mean, variance, size)
-    uncertain = [] if limits is None else _uncertain(*whole, limits, widths, floor)
+    uncertain = [] if bounds is None else _uncertain(*whole, *bounds, widths)
     mean, variance = whole if pooled else (mean, variance)
     return list(zip(mean.split(widths, 1), variance.split(widths, 1), strict=True)), uncertain
 
 
-def _uncertain(mean: Tensor, variance: Tensor, limits: Tensor, widths: tuple[int, ...], floor: float) -> list[int]:
-    excess = mean.square().sub_((variance + floor).mul_(limits))
-    least, most = torch.stack(excess.aminmax()).tolist()
-    if -math.inf < least and most <= 0:  # neither is so of NaN
+def _uncertain(mean: Tensor, variance: Tensor, limits: Tensor, offset: Tensor, widths: tuple[int, ...]) -> list[int]:
+    excess = torch.addcmul(offset, mean, mean).addcmul_(variance, limits, value=-1)
+    lowest, highest = torch.stack(excess.aminmax()).tolist()
+    if -math.inf < lowest and highest <= 0:  # neither is so of NaN
         return []
     bad = ~((excess <= 0) & (excess > -math.inf)).all(0)
     return [position for position, part in enumerate(bad.split(widths)) if bool(part.any())]
@@ -59,10 +59,10 @@ def _uncertain(mean: Tensor, variance: Tensor, limits: Tensor, widths: tuple[int
 
 @functools.lru_cache(maxsize=64)
 def _by_column(
-    kinds: tuple[tuple[int | None, torch.dtype], ...], widths: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of a position in the sums; whether the squared mean is to be subtracted; and the squared mean over the
-    variance up to which the difference is exact.
+    kinds: tuple[tuple[int | None, torch.dtype], ...], widths: tuple[int, ...], floor: float, device: torch.device
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The part of a position in the sums; whether the squared mean is to be subtracted; the squared mean over the
+    variance up to which the difference is exact; and the squared mean, negative, that is exact whatever the variance.
     """
     rows = [
         [1 / (positions or 1) for positions, _ in kinds],
@@ -72,4 +72,4 @@ def _by_column(
     with torch.inference_mode(False):
         values = torch.tensor(rows, dtype=torch.float64, device=device)
         part, minus, limits = values.repeat_interleave(torch.tensor(widths, device=device), 1)
-        return part, minus, limits
+        return part, minus, (limits, -floor * limits)
