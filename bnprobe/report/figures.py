@@ -152,7 +152,7 @@ def estimate(value: Estimate, with_sign: bool = False) -> str:
     "0.97 (0.93 to 1)".
     """
     low, high = value.interval or (None, None)
-    if low is not None and high is not None and abs(low + high - 2 * value.mean) > 1e-6 * (high - low):
+    if low is not None and high is not None and abs(low + high - 2 * value.mean) > 0.01 * (high - low):
         mean, _ = _parts(value, with_sign)
         decimals = _decimals((high - low) / 2)
         ends = (score(each if decimals is None else round(each, decimals)) for each in (low, high))

@@ -18,7 +18,7 @@ from functional.processes import start
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-RUN = ("lab", "small-batch", "--budget", "0.01", "--seeds", "2", "--jobs", "1")
+RUN = ("lab", "scratch", "--budget", "0.01", "--seeds", "2", "--jobs", "1")
 
 
 def test_without_a_name_all_experiments_are_listed(workspace: Workspace) -> None:
@@ -31,8 +31,8 @@ def test_without_a_name_all_experiments_are_listed(workspace: Workspace) -> None
 def test_a_run_writes_results_and_goes_on(workspace: Workspace) -> None:
     first = workspace.run(*RUN)
     assert first.code == CLEAN
-    folder = workspace.folder / "bnprobe-lab" / "small-batch"
-    names = ["RESULTS.md", "index.html", "results.json", "small-batch.svg", "trials.jsonl"]
+    folder = workspace.folder / "bnprobe-lab" / "scratch"
+    names = ["RESULTS.md", "index.html", "results.json", "scratch.svg", "trials.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == names
     kept = (folder / "results.json").read_text()
     again = workspace.run(*RUN)  # no trial runs: they would take other times

@@ -255,7 +255,7 @@ def test_an_unknown_experiment_names_the_nearest() -> None:
 
 
 def test_several_processes_give_the_same() -> None:
-    one, two = (lab.run("small-batch", budget=0.01, seeds=2, jobs=jobs) for jobs in (1, 2))
+    one, two = (lab.run("scratch", budget=0.01, seeds=2, jobs=jobs) for jobs in (1, 2))
     assert values(one) == values(two)
 
 
@@ -283,10 +283,10 @@ def test_a_process_that_the_system_ends_is_said_to_have_ended(tmp_path: Path) ->
 
 
 def test_results_are_read_back_and_rendered(tmp_path: Path) -> None:
-    found = lab.run("small-batch", budget=0.01, seeds=2, jobs=1)
+    found = lab.run("scratch", budget=0.01, seeds=2, jobs=1)
     found.save(tmp_path / "results.json")
     assert LabReport.load(tmp_path / "results.json") == found
-    assert json.loads((tmp_path / "results.json").read_text())["experiment"] == "small-batch"
+    assert json.loads((tmp_path / "results.json").read_text())["experiment"] == "scratch"
     for format_ in ("terminal", "markdown", "html"):
         text = render(found, format_)
         for claim in found.claims:
