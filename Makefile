@@ -4,9 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FRAMEWORKS := $(VENV)/.frameworks
-# Three processes, of which one often waits for what it started; each with whole modules, whose fixtures are made once; in
-# the order of testpaths, slow ones first.
-SIDE_BY_SIDE := -n 3 --dist loadscope --no-loadscope-reorder
+# Two processes, each with whole modules, whose fixtures are made once; in the order of testpaths, slow ones first.
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo browser test test-benchmarks lint format docs picture bench rules schema clean
@@ -36,10 +35,10 @@ browser: $(READY) ## install what the tests of pages drive: Playwright, and on D
 		echo "Chromium could not be installed: the tests of pages in a browser will be skipped."
 
 test: $(FRAMEWORKS) ## install, run the test suite: the package, and the command as users run it
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(TWO)
 
 test-benchmarks: $(READY) ## test the benchmarks: their networks, faults and scores
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/benchmarks
+	$(BIN)/python -m pytest $(TWO) tests/benchmarks
 
 lint: $(FRAMEWORKS) ## ruff, mypy and the import contracts
 	$(BIN)/python -m ruff check .
