@@ -25,23 +25,6 @@ from benchmarks.monitor.work import run_all, tasks
 from benchmarks.setting import load, machine
 from bnprobe import __version__
 
-_CAUSES = {
-    "batches shrink": "**Batches of 8** leave the worst layer of both convolutional networks at an n_eq of 36 (median"
-    " of the\n  samples), and the limit is 14: its statistics are of many positions.",
-    "a quarter": "**A quarter of a batch of one class** leaves the worst layer of both convolutional networks at an"
-    " n_eq over\n  60, and their inputs as exchangeable as before. In `points` one D is beyond its limit, and the loss"
-    " shows nothing.",
-    "momentum": "**Momentum that becomes small** leaves statistics as stale as the weights have moved since. Where the"
-    " loss is less\n  than twice as large for it and every D within its limit, it passes.",
-    "one batch times 10": "**A batch times 10** is forgotten before D was sampled often enough.",
-}
-"""Why a fault is missed, by how its name begins."""
-
-_SLOWNESS = """Why it takes so long: with one rate for all layers and kinds, the evidence must grow from about a half,
-which 15 healthy samples leave of it, to 100 and more; a D of twice its limit, or a loss that is always worse, doubles
-it from sample to sample at most, once a sample or two have woken the bets."""
-
-
 _COST = "## Cost"
 
 
@@ -94,19 +77,12 @@ def render(outcomes: list[Outcome], missing: int, costs: list[tables.Row], secon
         markdown(score.detections(faulty, twins)),
         "## Missed",
         "\n".join(score.missed(faulty, twins)) or "None.",
-        *_causes(faulty),
-        _SLOWNESS,
+        "Why they pass: [README](README.md#what-it-means).",
         _cost_section(costs),
     ]
     if problems:
         parts += ["## Monitors that stopped", "\n".join(problems)]
     return "\n\n".join(parts)
-
-
-def _causes(faulty: list[Outcome]) -> list[str]:
-    unnoticed = {one.what for one in faulty if score.delay(one) is None}
-    why = [text for start, text in _CAUSES.items() if any(what.startswith(start) for what in unnoticed)]
-    return ["Why faults pass without an alarm:", "\n".join(f"* {text}" for text in why)] if why else []
 
 
 def _costs(quick: bool) -> list[tables.Row]:

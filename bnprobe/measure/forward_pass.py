@@ -258,7 +258,8 @@ class Pass:
         moments: Record the moments of layers that normalize with running statistics, too.
         watch: Sees the calls of ``F.batch_norm``.
         immediate: The records are read while the pass runs, so that no call waits for ``compute_moments``.
-        exact: No call waits: what is read of those that would only says which are to be computed with care.
+        exact: Every call computes its moments at once. Of those that would wait the sums are read, too, which only say
+            which of them are to be computed with care from then on.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
             lost; None: all. The others wait for ``compute_moments``.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one

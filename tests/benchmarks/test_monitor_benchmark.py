@@ -162,12 +162,6 @@ def test_an_alarm_is_raised_by_layers_the_loss_updates_or_inputs() -> None:
     assert score.detections([faulty], HEALTHY_RUNS[:1])[1][5] == "inputs 1, layers 1"
 
 
-def test_why_a_fault_passes_is_said_of_those_that_pass() -> None:
-    missed, found = (outcome("one batch times 10", *alarms, begin=170) for alarms in ((), (180,)))
-    assert "A batch times 10" in render([*HEALTHY_RUNS, missed], 0, [], 1.0)
-    assert "Why faults pass" not in render([*HEALTHY_RUNS, found], 0, [], 1.0)
-
-
 def test_a_report_says_what_was_found_and_which_monitors_stopped() -> None:
     stopped = replace(HEALTHY_RUNS[0], problem="bnprobe.Monitor stopped at step 3")
     text = render([*HEALTHY_RUNS, stopped, *FAULTY_RUNS], 0, [], 1.0)
