@@ -10,7 +10,6 @@ import enum
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -258,8 +257,8 @@ class Pass:
         moments: Record the moments of layers that normalize with running statistics, too.
         watch: Sees the calls of ``F.batch_norm``.
         immediate: The records are read while the pass runs, so that no call waits for ``compute_moments``.
-        exact: Every call computes its moments at once. Of those that would wait the sums are read, too, which only say
-            which of them are to be computed with care from then on.
+        exact: No moments have waited for ``compute_moments`` where digits were lost: every call looks at its sums at
+            once, and is put into ``careful`` if need be.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
             lost; None: all. The others wait for ``compute_moments``.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
@@ -285,7 +284,7 @@ class Pass:
     watch: Watch | None = None
     immediate: bool = False
     exact: bool = False
-    careful: AbstractSet[Slot] | None = None
+    careful: set[Slot] | None = None
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
@@ -325,9 +324,8 @@ class Pass:
         per_sample = (self.per_sample or blend is not None) and not by_batch and not own
         waits = not self.immediate and self.careful is not None and slot not in self.careful and blend is None
         sums = _sums(seen, grouping, by_batch and not gradient, per_sample) if waits else None
-        if sums is not None:
+        if sums is not None and not self._lost_digits(slot, sums, call.eps):
             self._waiting[slot] = sums, call.eps
-        if sums is not None and not self.exact:
             mean, variance = sums.mean, sums.squares  # until ``compute_moments``
         else:
             mean, variance = (grouping.sample_moments if per_sample else grouping.group_moments)(seen.input, call.eps)
@@ -342,7 +340,7 @@ class Pass:
             rows=call.input.shape[0] // grouping.groups,
         )
         if by_batch:
-            if sums is not None and not gradient and not self.exact:
+            if sums is not None and slot in self._waiting and not gradient:
                 return _normalize_by_sums(call, sums, grouping)
             if call.unbiased:
                 variance = variance * bessel(self.records[slot].values)
@@ -363,18 +361,27 @@ class Pass:
         """Compute the moments that wait; return the calls that may have lost digits, whose moments are not exact."""
         alike: dict[tuple[int, bool], list[Slot]] = {}
         for slot, (sums, _) in self._waiting.items():
-            alike.setdefault((sums.mean.shape[0], self.records[slot].unit > 1), []).append(slot)
+            alike.setdefault((self._pooled_by(sums), self.records[slot].unit > 1), []).append(slot)
         uncertain: list[Slot] = []
-        for (rows, pooled), slots in alike.items():
+        for (size, pooled), slots in alike.items():
             parts, floor = [self._waiting[slot][0] for slot in slots], min(self._waiting[slot][1] for slot in slots)
-            size = self.batch_size if rows == self.samples else 1  # else groups already
             moments, bad = moments_of_sums(parts, size, pooled, floor)
             for slot, (mean, variance) in zip(slots, moments, strict=True):
-                if not self.exact:
-                    self.records[slot] = replace(self.records[slot], mean=mean, variance=variance)
+                self.records[slot] = replace(self.records[slot], mean=mean, variance=variance)
             uncertain += [slots[position] for position in bad]
         self._waiting.clear()
         return frozenset(uncertain)
+
+    def _lost_digits(self, slot: Slot, sums: RowSums, eps: float) -> bool:
+        """Whether an exact pass sees that a call is to be computed with care, from now on."""
+        if self.careful is None or not self.exact or not moments_of_sums([sums], self._pooled_by(sums), True, eps)[1]:
+            return False
+        self.careful.add(slot)
+        return True
+
+    def _pooled_by(self, sums: RowSums) -> int:
+        """Rows of the sums in a micro-batch: of samples, or of micro-batches already."""
+        return self.batch_size if sums.mean.shape[0] == self.samples else 1
 
     def restart(self) -> None:
         """Begin again: as if nothing had been called."""

@@ -355,7 +355,7 @@ class Impacts:
         squares = [summed(map(square_norm, reference.outputs))]
         values = [reference.scores]
         for layers in swaps:
-            output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers)
+            output, recorded, _ = sample.forward(joined, len(chunk), by_batch=layers, moments=False)
             squares.append(summed(map(square_norm, _differences(floating(output), reference.outputs))))
             values.append(self._scores(chunk, recorded))
         return squares, values

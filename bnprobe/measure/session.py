@@ -276,7 +276,7 @@ class Session:
         found = self._run(path, batch, pass_)
         uncertain = pass_.compute_moments()
         self._careful |= uncertain  # from now on they are looked at by themselves
-        if uncertain and not pass_.exact:
+        if uncertain:
             del found  # which may hold a graph
             pass_.restart()
             run_all(before)
