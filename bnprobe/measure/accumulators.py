@@ -83,7 +83,7 @@ class LayerMismatch(Statistic):
     def update_samples(self, step: SampleStep) -> None:
         columns, squares = step.columns, step.squares
         rho = columns.variance / columns.square_std
-        parts = squares + rho / 4 * (step.variance + squares - rho).square()
+        parts = (step.variance + squares).sub_(rho).square_().mul_(rho / 4).add_(squares)
         per_layer = columns.per_layer(columns.per_call(parts)) / step.batch_size**2
         self.accumulate("powers of parts", columns.layer, _powers(per_layer))
 
@@ -275,8 +275,9 @@ class SamplePool(Statistic):
         rows = torch.tensor(list(chosen.values()), device=step.mean.device)
         for place, row in chosen.items():
             self.replicate[place], self.number[place] = step.replicates[row // size], numbers[row]
-        self.mean[places] = (step.mean[rows] - self.origin).float()
-        self.variance[places] = step.variance[rows].float()
+        # index_copy_ moves whole rows, where an assignment by index goes value by value
+        self.mean.index_copy_(0, places, (step.mean.index_select(0, rows) - self.origin).float())
+        self.variance.index_copy_(0, places, step.variance.index_select(0, rows).float())
 
     def merge(self, other: Statistic, table: CallTable, other_table: CallTable) -> None:
         """Where two processes fill the same place, keep the later sample."""

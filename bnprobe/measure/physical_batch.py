@@ -37,7 +37,8 @@ from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state, random_state, set_mode
 from bnprobe.measure.session import PATHS, Alone, PathName, Session
 from bnprobe.records import SelfCheck
-from bnprobe.stats.moments import statistics_distance
+from bnprobe.stats.moments import square_distances, statistics_distance
+from bnprobe.stats.segments import Segments
 from bnprobe.wording import either, option
 
 _AMPLIFICATION = 50.0
@@ -164,7 +165,7 @@ def agreement(
     Returns:
         None where that is not so, or nothing shows it: then ``self_check`` decides.
     """
-    floor, layers, number = _unit(session) * _FLOOR, session.layers.layers, len(micro_batches)
+    floor, number = _unit(session) * _FLOOR, len(micro_batches)
     of_outputs: list[float] = []
     of_statistics: list[float] = []
     places = {id(batch): position for position, batch in enumerate(micro_batches)}
@@ -176,11 +177,8 @@ def agreement(
         if any(_values_per_sample(real) != _values_per_sample(pass_) for real in reals):
             return None
         references, size = _references(reals), pass_.batch_size
-        for slot, reference in references.items():
-            record = pass_.records[slot]
-            mean, variance = (value[positions] for value in record.per_group(size))
-            record = replace(record, mean=mean, variance=variance)
-            of_statistics.append(_difference(record, *reference, layers[slot[0]].info.eps))
+        if references:
+            of_statistics.append(_largest_difference(session, references, pass_, positions))
         outputs_alone = zip(positions, [each.outputs[path] for each in alone], strict=True)
         pairs = [pair for at, output in outputs_alone for pair in _pairs_at(at, size, output, outputs[path], number)]
         error = _relative_error(pairs)
@@ -446,6 +444,19 @@ def _difference(record: Recorded | None, mean: Tensor, variance: Tensor, eps: fl
         return torch.inf
     # What overflows does so in both: on the eval path that is a symptom to report, no sign of mixing.
     return statistics_distance(_finite(record.mean), _finite(record.variance), _finite(mean), _finite(variance), eps)
+
+
+def _largest_difference(
+    session: Session, references: Mapping[Slot, tuple[Tensor, Tensor]], joined: Pass, positions: Sequence[int]
+) -> float:
+    """As ``_difference``, of the call of a joined pass that differs most from what some of its micro-batches gave."""
+    layers = session.layers.layers
+    parts = [(*joined.records[slot].per_group(joined.batch_size), *reference) for slot, reference in references.items()]
+    mean, variance, *alone = (_finite(torch.cat(each, 1)) for each in zip(*parts, strict=True))
+    segments = Segments(torch.tensor([part[0].shape[1] for part in parts]))
+    eps = segments.spread(torch.tensor([layers[index].info.eps for index, _ in references], dtype=torch.float64))
+    squares = square_distances(mean[positions], variance[positions], alone[0], alone[1], eps.to(mean)).mean(0)
+    return float(segments.mean(squares.cpu()).max().sqrt())
 
 
 def _shake(batch: Any) -> Any:

@@ -252,11 +252,19 @@ def statistics_distance(
     reference_variance: Float[Tensor, "batches channels"],
     eps: float,
 ) -> float:
-    """Root mean square difference of two sets of batch statistics, in units of the reference's standard deviation.
+    """Root mean square difference of two sets of batch statistics, in units of the reference's standard deviation."""
+    return float(square_distances(mean, variance, reference_mean, reference_variance, eps).mean().sqrt())
 
-    The square root of the mean over batches and channels of (mu - mu_ref)^2 / (v_ref + eps) + (s / s_ref - 1)^2.
-    """
+
+def square_distances(
+    mean: Float[Tensor, "batches channels"],
+    variance: Float[Tensor, "batches channels"],
+    reference_mean: Float[Tensor, "batches channels"],
+    reference_variance: Float[Tensor, "batches channels"],
+    eps: Float[Tensor, " channels"] | float,
+) -> Float[Tensor, "batches channels"]:
+    """Of each batch and channel (mu - mu_ref)^2 / (v_ref + eps) + (s / s_ref - 1)^2."""
     reference_std = (reference_variance + eps).sqrt()
     shift = (mean - reference_mean) / reference_std
     scale = (variance + eps).sqrt() / reference_std - 1
-    return float((shift.square() + scale.square()).mean().sqrt())
+    return shift.square() + scale.square()
