@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bnprobe.config.spec import NormClass
 from bnprobe.measure.batch import map_leaves, tensors_of
 from bnprobe.measure.hooks import Intercepted, Watch, calling_line, why_outside
-from bnprobe.measure.layers import LayerSet, ProbedLayer, named_once
+from bnprobe.measure.layers import LayerSet, NamedModule, ProbedLayer, named_once
 from bnprobe.measure.norms import (
     FROZEN,
     FunctionFamily,
@@ -52,16 +52,16 @@ def explore(
         is_selected: Called with all names of a layer: whether it is in the report.
         classes: What the user says of norms of their own, by the name of the class.
     """
-    watch = _Watch(model, known)
+    modules = named_once(model)
+    watch = _Watch([named.module for named in modules], known)
     with preserved_random_state(), torch.no_grad():
         for training in (True, False):
             # What a pass raises is raised again, and said, when the model is measured.
             with watch.running(training), suppress(Exception):
                 run(training, watch)
     skipped = {layer.name: layer for layer in known.skipped}
-    modules = named_once(model)
     refused = {id(named.module) for named in modules if named.name in skipped and family_of(named.module) is not None}
-    found = [each for each in _functions(model, watch.calls, watch.counters) if id(each.module) not in refused]
+    found = [each for each in _functions(modules, watch.calls, watch.counters) if id(each.module) not in refused]
     taken = {*(id(layer.module) for layer in known.layers), *(id(each.module) for each in found), *refused}
     for named in modules:
         if id(named.module) in taken or named.module not in watch.inputs:
@@ -144,7 +144,7 @@ class _Watch:
         outside: Calls on the statistics of the batch alone: the place in the user's code, and why it is no layer.
     """
 
-    def __init__(self, model: nn.Module, known: LayerSet) -> None:
+    def __init__(self, modules: Sequence[nn.Module], known: LayerSet) -> None:
         self.calls: list[NormCall] = []
         self.of_layers: dict[tuple[int, int, int], list[NormCall]] = {}
         self.inputs: dict[nn.Module, Inputs] = {}
@@ -155,8 +155,8 @@ class _Watch:
         self._channels: dict[nn.Module, set[int]] = {}
         self._places = {place_of(layer.info.running_mean) for layer in known.layers}
         layers = {layer.module for layer in known.layers}
-        self._every = [named.module for named in named_once(model)]
-        self._modules = [module for module in self._every if module not in layers and not _is_torchs(module)]
+        self._every = modules
+        self._modules = [module for module in modules if module not in layers and not _is_torchs(module)]
 
     def unknown(self, call: NormCall, run: Callable[[], Tensor]) -> Tensor:
         """Take note of a call of no known layer, and make it."""
@@ -286,11 +286,10 @@ _NOT_RUN = "its buffers {} may be running statistics"
 
 
 def _functions(
-    model: nn.Module, calls: Sequence[NormCall], counters: Mapping[nn.Module, tuple[str, ...]]
+    modules: Sequence[NamedModule], calls: Sequence[NormCall], counters: Mapping[nn.Module, tuple[str, ...]]
 ) -> list[_Found]:
     """The modules whose buffers calls were given that normalize with their batch; a buffer's rows are layers each."""
     found: dict[tuple[str, str, int], _Found] = {}
-    modules = named_once(model)
     for call in (call for call in calls if call.training):
         for named in modules:
             mean, variance = (_within(named.module, each) for each in (call.running_mean, call.running_variance))
