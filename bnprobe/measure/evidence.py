@@ -525,6 +525,7 @@ class Evidence:
         return replace(
             self,
             layers=LayerSet((), ()),
+            batching=replace(self.batching, emulation=self.batching.emulation.closed),
             paths={name: path.on_host() for name, path in self.paths.items()},
             batch_sizes={size: path.on_host() for size, path in self.batch_sizes.items()},
             outputs=self.outputs.on_host(),

@@ -99,7 +99,7 @@ class Measurement:
 
     def refuse(self, error: Refusal) -> None:
         """Go on with real micro-batches, which cannot run together for this reason."""
-        self._check()
+        self.settle()
         emulation = self.evidence.batching.emulation
         if emulation.trusted:
             self._go_on_apart(Emulation(False, as_sentence(error), emulation.check, {}))
@@ -112,15 +112,18 @@ class Measurement:
         if verdict is not emulation:
             self._go_on_apart(verdict)
 
-    def _check(self, step: _Step | None = None) -> None:
-        """See whether micro-batches run together, if that is still open: by a step that holds those that ran alone, or
-        else by the self-check.
+    def settle(self) -> None:
+        """See by the self-check whether micro-batches run together, if that is still open."""
+        self._check(None)
+
+    def _check(self, step: _Step | None) -> None:
+        """As ``settle``, but by a step if that holds the micro-batches that ran alone.
 
         Raises:
             CannotEmulateError: They do not, and did in this step.
         """
         batching = self.evidence.batching
-        emulation, alone = replace(batching.emulation, alone=()), batching.emulation.alone
+        emulation, alone, opening = batching.emulation.closed, batching.emulation.alone, batching.emulation.opening
         if not alone:
             return
         self.evidence.batching = replace(batching, emulation=emulation)  # whatever is raised, nothing is left open
@@ -128,8 +131,7 @@ class Measurement:
         if check is not None:
             emulation = replace(emulation, check=check)
         else:
-            opening = [each.batch for each in alone]
-            emulation, _ = checked(self.session, opening, batching.batch_size, self_check)
+            emulation, _ = checked(self.session, list(opening), batching.batch_size, self_check)
         self.evidence.batching = replace(batching, emulation=emulation)
         if step is not None and not emulation.trusted:
             raise CannotEmulateError(emulation.reason)

@@ -71,8 +71,9 @@ class Emulation:
         check: The comparison; None if it could not be made.
         layouts: For each path, the row layout of the calls that see several rows per sample.
         values: For each path, the values per channel and sample that each call saw.
-        alone: What the opening micro-batches gave by themselves, where the first physical batch, which holds them, is
-            still to be compared with it: until then they are trusted to run together.
+        alone: What this process's first micro-batches gave by themselves, where its first physical batch, which holds
+            them, is still to be compared with it: until then micro-batches are trusted to run together.
+        opening: Where that is so, the micro-batches that the self-check compares if it is to decide.
     """
 
     trusted: bool
@@ -81,6 +82,12 @@ class Emulation:
     layouts: Mapping[str, Mapping[Slot, RowLayout]]
     values: Mapping[str, Mapping[Slot, float]] = field(default_factory=dict)
     alone: tuple[Alone, ...] = ()
+    opening: tuple[Any, ...] = ()
+
+    @property
+    def closed(self) -> Emulation:
+        """The same without what is still to be compared."""
+        return replace(self, alone=(), opening=())
 
     def layouts_of(self, path: PathName) -> dict[Slot, RowLayout]:
         """The row layouts on one path; those of the train path also hold without random layers."""
@@ -584,8 +591,9 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings, late
         emulation, _ = checked(session, opening, size, check_samples)
         reason = "One micro-batch already fills a physical batch." if emulation.trusted else emulation.reason
         return Batching(size, replace(emulation, reason=reason))
-    if later and (found := _on_trust(session, opening, size)) is not None and not settings.batch_sizes:
-        emulation, footprint = found
+    own = reader.look_ahead_own(OPENING) if later and not settings.batch_sizes else []
+    if not reader.varies and (found := _on_trust(session, own, size)) is not None:
+        emulation, footprint = replace(found[0], opening=tuple(opening)), found[1]
     else:
         emulation, footprint = checked(session, opening, size, self_check)
     if not emulation.trusted:
@@ -594,28 +602,36 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings, late
     return Batching(size, emulation, max(1, samples // size))
 
 
-def _on_trust(session: Session, opening: list[Any], size: int) -> tuple[Emulation, Footprint] | None:
+def _on_trust(session: Session, own: list[Any], size: int) -> tuple[Emulation, Footprint] | None:
     """The verdict before the first physical batch, which is to show it; and what a sample takes in memory.
 
-    The first micro-batch ran when layers were looked for, so the others run here.
+    The micro-batch by which layers were looked for ran then, so the others run here.
+
+    Args:
+        own: The first micro-batches of this process, which its first physical batch holds. In several processes one has
+            run already at most.
 
     Returns:
-        None where that physical batch cannot show it: random numbers are drawn, rows are not samples, or autocast is
-            on, which the self-check does without.
+        None where that physical batch cannot show it: random numbers are drawn, rows are not samples, autocast is on,
+            which the self-check does without, or a micro-batch raises by itself.
     """
-    first, session.alone = session.alone, None
-    if first is None or first.batch is not opening[0] or len(opening) < OPENING or session.autocast is not None:
+    explored, session.alone = session.alone, None
+    if explored is None or len(own) < OPENING or session.autocast is not None:
         return None
-    records = [record for pass_ in first.passes.values() for record in pass_.records.values()]
+    records = [record for pass_ in explored.passes.values() for record in pass_.records.values()]
     rows_are_samples = all(record.rows == size and record.groups is None for record in records)
-    if first.random or first.passes.keys() != set(PATHS) or not rows_are_samples:
+    if explored.random or explored.passes.keys() != set(PATHS) or not rows_are_samples:
         return None
-    others = tuple(Alone(batch) for batch in opening[1:])
-    for each, path in itertools.product(others, PATHS):
-        session.run_alone(path, each, size)
-    values: dict[str, Mapping[Slot, float]] = {path: _values_per_sample(first.passes[path]) for path in PATHS}
-    emulation = Emulation(True, _reason(True, False, size), None, {}, values, (first, *others))
-    return emulation, _footprint(first.passes["train"])
+    alone = tuple(explored if batch is explored.batch else Alone(batch) for batch in own)
+    try:
+        for each, path in itertools.product(alone, PATHS):
+            if each is not explored:
+                session.run_alone(path, each, size)
+    except UserCodeError:
+        return None
+    values: dict[str, Mapping[Slot, float]] = {path: _values_per_sample(explored.passes[path]) for path in PATHS}
+    emulation = Emulation(True, _reason(True, False, size), None, {}, values, alone)
+    return emulation, _footprint(explored.passes["train"])
 
 
 def checked(session: Session, opening: list[Any], size: int, check: Check) -> tuple[Emulation, Footprint]:

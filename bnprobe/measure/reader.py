@@ -112,6 +112,16 @@ class Reader:
             self._ahead.append(read)
         return [batch for _, batch in self._ahead[:count]]
 
+    def look_ahead_own(self, count: int) -> list[Any]:
+        """The next micro-batches of this process, as ``take`` will yield them; of others none is held but the first."""
+        while len(own := [batch for position, batch in self._ahead if self.share.owns(position)]) < count:
+            read = self._read()
+            if read is None:
+                break
+            if self.share.reads(read[0]):
+                self._ahead.append(read)
+        return own[:count]
+
     def fill(self) -> None:
         """Read on until the requested number of micro-batches is kept, or the data ends."""
         while len(self.kept) < self.share.count(self._keep) and self._own() is not None:

@@ -73,12 +73,13 @@ def probe(
         ProcessError: Another process is gone.
     """
     started = time.perf_counter()
-    measurement = _prepare(session, reader, settings, world)
+    measurement = _prepare(session, reader, settings)
     evidence, size = measurement.evidence, reader.batch_size
     evidence.other_samples = other_samples(reader.look_ahead(1), world)
     ending, total = _measure_until_done(measurement, reader, settings, progress, world)
     if not ending.early:
         try:
+            measurement.settle()  # open still in a process that has no micro-batch
             _score_more(_to_score(session, total, size, settings), measurement, reader, progress, world)
             reader.fill()
             measurement.check_again([batch.data for batch in reader.kept.values()])
@@ -115,11 +116,11 @@ def _put_together(evidence: Evidence, ending: ScanEnding, world: World) -> tuple
     return whole, together(endings)
 
 
-def _prepare(session: Session, reader: Reader, settings: ScanSettings, world: World) -> Measurement:
+def _prepare(session: Session, reader: Reader, settings: ScanSettings) -> Measurement:
     session.explore(reader.look_ahead(1), reader.batch_size)
     unscored = _leave_out_unscorable(session, reader)
     size, share = reader.batch_size, reader.share
-    batching = plan_batching(session, reader, settings, later=world.size == 1)
+    batching = plan_batching(session, reader, settings, later=True)
     if settings.batch_sizes and not batching.emulation.trusted:
         raise UsageError(
             f"{option('--batch-sizes')} regroups samples, which is not possible for this model."
@@ -230,7 +231,7 @@ def _measure_until_done(
         own = own if own.early else _measure_to(look, measurement, reader, progress, world)
         try:
             with deferred_interrupts():
-                seen = meet(_look(own, evidence), world)
+                seen = meet(_look(own, evidence, settings), world)
                 stopped = seen.ending.stopped or _decided(measurement, seen, settings)
         except KeyboardInterrupt as error:
             own = ended_by(error, world)
@@ -405,8 +406,10 @@ class Look:
         return None if layer not in self.others else self.others[layer] / self.batches
 
 
-def _look(ending: ScanEnding, evidence: Evidence) -> Look:
-    """What this process has measured so far, of the layers that may be flagged."""
+def _look(ending: ScanEnding, evidence: Evidence, settings: ScanSettings) -> Look:
+    """What this process has measured so far, of the layers that may be flagged; where that decides anything."""
+    if settings.batches is not None:
+        return Look(ending, evidence.batches)
     every = evidence.train.layer_sums(), evidence.eval.layer_sums()
     paths = tuple(
         {index: sums for index, sums in path.items() if not evidence.normalizes_alike(index)} for path in every

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from bnprobe.commands.scan import scan
+from bnprobe.config.spec import ScanSettings
+from bnprobe.distributed import Share
 from bnprobe.errors import UserCodeError
 from bnprobe.measure.forward_pass import Pass
-from bnprobe.measure.session import PathName, Session
+from bnprobe.measure.reader import Reader
+from bnprobe.measure.scan_loop import probe
+from bnprobe.measure.session import PathName, Session, no_progress
 from bnprobe.records import Report
 from support.compare import assert_same_figures
 from support.networks import (
@@ -107,6 +111,33 @@ def test_the_first_physical_batch_is_the_joined_one_of_the_check(offset: float, 
     assert not report.layers[0].flagged
     # Two micro-batches by themselves, then all of them.
     assert passes == [(path, samples) for samples in (32, 32, 1024) for path in ("train", "eval")]
+
+
+@pytest.mark.parametrize(("rank", "alone"), [(0, 2), (1, 3)])
+def test_of_several_processes_each_checks_its_own_first_physical_batch(
+    rank: int, alone: int, passes: list[tuple[str, int]]
+) -> None:
+    """By its own micro-batches: only process 0 has run one of them where layers were looked for."""
+    settings = ScanSettings(batches=8)
+    session, reader = Session.open(nn.BatchNorm2d(3), settings), Reader(images(8, 4, 3, 8, 8), 4, share=Share(rank, 2))
+    with session.installed():
+        evidence = probe(session, reader, settings, no_progress)
+    assert evidence is not None
+    assert evidence.batches == 4
+    assert evidence.batching.emulation.check is not None
+    assert evidence.batching.emulation.check.passed
+    assert passes == [(path, samples) for samples in (*[4] * alone, 16) for path in ("train", "eval")]
+
+
+def test_a_process_without_a_micro_batch_makes_the_whole_check() -> None:
+    settings = ScanSettings(batches=2)
+    session, reader = Session.open(nn.BatchNorm2d(3), settings), Reader(images(8, 4, 3, 8, 8), 4, share=Share(2, 3))
+    with session.installed():
+        evidence = probe(session, reader, settings, no_progress)
+    assert evidence is not None
+    assert evidence.batches == 0
+    assert evidence.batching.emulation.check is not None
+    assert evidence.batching.emulation.check.passed
 
 
 @pytest.mark.parametrize("random", [False, True])
