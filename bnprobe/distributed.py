@@ -7,8 +7,10 @@ launch that is ``ALONE``, and every call is a no-op. A ``Share`` says which micr
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import pickle
 import re
 import threading
 import time
@@ -19,7 +21,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from bnprobe.errors import ProcessError, UsageError
 
@@ -33,12 +35,13 @@ __all__ = [
     "connected",
     "current_world",
     "launched",
+    "packed",
     "waiting",
 ]
 
 
 OPENING = 2
-"""Micro-batches that every process reads, so that all run the same self-check and see the same errors."""
+"""Micro-batches that every process reads, so that all find the same layers and can run the same self-check."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,7 @@ class World:
         if self.is_main:
             return self._receive(value)
         with _peers():
-            distributed.send_object_list([value], 0)
+            distributed.send_object_list([packed(value)], 0)
         return iter(())
 
     def wait(self) -> None:
@@ -328,13 +331,30 @@ class World:
     def _receive(self, value: T) -> Iterator[T]:
         yield value
         for rank in range(1, self.size):
-            received = [value]
+            received = [b""]
             with _peers():
                 distributed.recv_object_list(received, rank)
-            yield received[0]
+            yield pickle.loads(received[0])
 
 
 ALONE = World()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as arrays. torch's own way copies each several times, with all that a view was taken of."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is Tensor:
+            with suppress(RuntimeError, TypeError):  # no array: with gradients, sparse, of another dtype or device
+                return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def packed(value: Any) -> bytes:
+    """A value as bytes, for ``pickle.loads``."""
+    stream = io.BytesIO()
+    _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(value)
+    return stream.getvalue()
 
 
 @contextmanager

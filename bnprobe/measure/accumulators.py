@@ -241,9 +241,10 @@ class SamplePool(Statistic):
 
     Attributes:
         table: Where the calls of the first step stand.
-        number: Position of the sample in each place among all samples measured; -1: the place is free.
+        place: The places that there is a row for: all, or on the host those that are taken.
+        number: Position of the sample in each of them among all samples measured; -1: the place is free.
         replicate: The replicate of its micro-batch.
-        mean, variance: As in ``stats.composition.Images``, shape (places, columns); the mean from ``origin``.
+        mean, variance: As in ``stats.composition.Images``, shape (rows, columns); the mean from ``origin``.
         origin: Shape (columns,), float64.
     """
 
@@ -254,6 +255,7 @@ class SamplePool(Statistic):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self.table = CallTable()
+        self.place: list[int] = []
         self.number: list[int] = []
         self.replicate: list[int] = []
         self.origin = torch.zeros(0, dtype=torch.float64)
@@ -284,17 +286,26 @@ class SamplePool(Statistic):
         assert isinstance(other, SamplePool)
         if not self.number:
             self.__dict__ |= other.__dict__
+            return
         if not other.number or other.slots != self.slots:
             return
-        for place, number in enumerate(other.number):
-            if number > self.number[place]:
-                self.number[place], self.replicate[place] = number, other.replicate[place]
-                self.mean[place] = (other.mean[place] + (other.origin - self.origin)).float()
-                self.variance[place] = other.variance[place]
+        numbers, replicates = self.number + other.number, self.replicate + other.replicate
+        every = sorted(zip(self.place + other.place, numbers, range(len(numbers)), strict=True))
+        last = {place: row for place, _, row in every}
+        self.place, rows = list(last), list(last.values())
+        self.number, self.replicate = [numbers[row] for row in rows], [replicates[row] for row in rows]
+        mean = (other.mean + (other.origin - self.origin)).float()
+        self.mean = torch.cat([self.mean, mean]).index_select(0, torch.tensor(rows))
+        self.variance = torch.cat([self.variance, other.variance]).index_select(0, torch.tensor(rows))
 
     def on_host(self) -> SamplePool:
-        found = copy.copy(self)
-        found.origin, found.mean, found.variance = self.origin.cpu(), self.mean.cpu(), self.variance.cpu()
+        found, held = copy.copy(self), self._held()
+        rows = torch.tensor(held, dtype=torch.int64, device=self.mean.device)
+        found.origin = self.origin.cpu()
+        found.mean, found.variance = (each.index_select(0, rows).cpu() for each in (self.mean, self.variance))
+        found.place, found.number, found.replicate = (
+            [each[row] for row in held] for each in (self.place, self.number, self.replicate)
+        )
         return found
 
     @property
@@ -305,11 +316,11 @@ class SamplePool(Statistic):
     @property
     def held(self) -> int:
         """How many samples there are of each call."""
-        return sum(number >= 0 for number in self.number)
+        return len(self._held())
 
     def samples(self, slots: Sequence[Slot]) -> Images:
         """The samples of one call of each of many layers."""
-        held = torch.tensor([place for place, number in enumerate(self.number) if number >= 0], dtype=torch.int64)
+        held = torch.tensor(self._held(), dtype=torch.int64)
         place = self.table.place(slots)
         return Images(self.mean[:, place][held], self.variance[:, place][held], torch.tensor(self.replicate)[held])
 
@@ -322,6 +333,10 @@ class SamplePool(Statistic):
         """Size of the moments of the samples that are held."""
         return 2 * self.held * self.mean.shape[1] * self.mean.element_size()
 
+    def _held(self) -> list[int]:
+        """The rows of places that are taken."""
+        return [row for row, number in enumerate(self.number) if number >= 0]
+
     def _start(self, step: SampleStep) -> None:
         columns = step.mean.shape[1]
         room = max(1, min(POOL_SAMPLES, POOL_BYTES // (8 * columns)))
@@ -331,7 +346,7 @@ class SamplePool(Statistic):
         # The memory of places that stay free is never touched.
         self.mean = step.mean.new_empty(room, columns, dtype=torch.float32)
         self.variance = torch.empty_like(self.mean)
-        self.replicate, self.number = [0] * room, [-1] * room
+        self.place, self.number, self.replicate = list(range(room)), [-1] * room, [0] * room
 
     def _choose(self, numbers: Sequence[int]) -> dict[int, int]:
         """Place in the pool -> row of the step; a later sample may take the place of an earlier one."""

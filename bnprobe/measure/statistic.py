@@ -346,14 +346,16 @@ class Statistic:
 
     def merge(self, other: Statistic, table: CallTable, other_table: CallTable) -> None:
         """Add what was gathered elsewhere; there is room for its calls. Both are on the host."""
-        indices: dict[Per, list[int]] = {
-            "call": [table.calls[slot] for slot in other_table.calls],
-            "layer": [table.layers[index] for index in other_table.layers],
-            "channel": table.columns(other_table.channels),
-        }
+        places: dict[Per, Tensor] = {}  # none: all, in their order
+        if table != other_table:
+            places = {
+                "call": torch.tensor([table.calls[slot] for slot in other_table.calls]),
+                "layer": torch.tensor([table.layers[index] for index in other_table.layers]),
+                "channel": torch.tensor(table.columns(other_table.channels)),
+            }
         for name, state in self._states.items():
             if other[name].numel():
-                state.add(torch.tensor(indices[state.per]), other[name])
+                state.add(places.get(state.per), other[name])
 
     def on_host(self: S) -> S:
         """The same in host memory."""

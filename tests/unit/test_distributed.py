@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from bnprobe.distributed import ALONE, OPENING, Share, World, connected, launched
+from bnprobe.distributed import ALONE, OPENING, Share, World, connected, launched, packed
 from bnprobe.errors import DataError
 from bnprobe.loading.data import as_batch_source
 from bnprobe.loading.order import deal, spread
@@ -46,7 +48,9 @@ def test_processes_take_what_one_would(size: int, run: int, by_index: bool) -> N
         feed = _feed(share, by_index, read)
         opening = feed.look_ahead(OPENING)
         assert [batch.tolist() for batch in opening] == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+        own_ahead = feed.look_ahead_own(2)
         batches = feed.take(100)
+        assert all(one is other for one, other in zip(own_ahead, batches[:2], strict=True))
         taken |= {share.position(number): batch for number, batch in enumerate(batches)}
         assert len(batches) == share.count(7)
         if by_index:
@@ -109,9 +113,9 @@ def test_processes_keep_the_images_that_one_would(size: int, monkeypatch: pytest
         rows = d[3 * batch : 3 * batch + 3]
         for pool in (one, several[batch % size]):
             pool.update_samples(SampleStep(columns, rows, rows.square(), 3, [batch % 16], [batch]))
-    merged = several[0]
+    merged = several[0].on_host()
     for pool in several[1:]:
-        merged.merge(pool, table, table)
+        merged.merge(pool.on_host(), table, table)
     assert sum(number >= 0 for number in one.number) == 16
     assert (merged.number, merged.replicate) == (one.number, one.replicate)
     assert torch.equal(merged.variance, one.variance)
@@ -127,6 +131,27 @@ def test_one_process_needs_no_other() -> None:
     ALONE.wait()
     ALONE.halt()
     assert (ALONE.is_main, ALONE.halted) == (True, False)
+
+
+def test_what_is_sent_is_what_a_tensor_shows() -> None:
+    """And not the whole of what it is a view of; tensors that are no arrays come through as well."""
+    whole = torch.arange(1e6)
+    values = [
+        whole[::200_000],
+        whole[7],
+        torch.zeros(0, 3),
+        torch.tensor([True]),
+        whole[:5].bfloat16(),
+        torch.ones(2, requires_grad=True),
+        torch.eye(3).to_sparse(),
+        nn.Parameter(torch.ones(2)),
+    ]
+    sent = packed(values)
+    assert len(sent) < 10_000
+    for value, received in zip(values, pickle.loads(sent), strict=True):
+        assert (type(received), received.dtype, received.layout) == (type(value), value.dtype, value.layout)
+        assert received.requires_grad == value.requires_grad
+        assert torch.equal(received.to_dense(), value.to_dense())
 
 
 def test_a_size_without_an_address_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
