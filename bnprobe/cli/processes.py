@@ -87,9 +87,19 @@ def _raise_when_interrupted() -> None:
 def importing() -> Iterator[None]:
     """Import in this block what imports torch, which takes a second: check the options before. After it, work begins.
 
-    Garbage is not collected meanwhile, since torch makes hundreds of thousands of objects, which stay. Nor are these
-    looked through ever after: that took a sixth of the time of a first scan, and a quarter of a second at its end. In a
-    launch of several processes torch is imported before, to connect them.
+    In a launch of several processes torch is imported before, to connect them.
+    """
+    with _importing_torch():
+        yield
+    _raise_when_interrupted()
+
+
+@contextmanager
+def _importing_torch() -> Iterator[None]:
+    """Collect no garbage meanwhile, since torch makes hundreds of thousands of objects, which stay.
+
+    Nor are these looked through ever after: that took a sixth of the time of a first scan, and a quarter of a second at
+    its end.
     """
     _share_processors()
     collects = gc.isenabled() and "torch" not in sys.modules
@@ -102,7 +112,6 @@ def importing() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-    _raise_when_interrupted()
 
 
 def _share_processors() -> None:
@@ -166,7 +175,8 @@ def run_together(run: Callable[[Ends], None]) -> NoReturn:
         run: Runs the command and raises SystemExit.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings meant for authors of training loops
-    from bnprobe.distributed import connected
+    with _importing_torch():
+        from bnprobe.distributed import connected
 
     if not is_main():
         _silence_stdout()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from bnprobe.cli.processes import importing
+import bnprobe.distributed  # noqa: F401 (what imports torch in a launch)
+from bnprobe.cli.processes import importing, run_together
 
 
 @pytest.fixture
@@ -27,6 +29,16 @@ def test_what_was_imported_is_never_looked_through_for_garbage() -> None:
     assert gc.isenabled()
     assert gc.is_tracked(imported)
     assert not any(each is imported for each in gc.get_objects())
+
+
+@pytest.mark.usefixtures("_without_torch")
+def test_nor_is_what_a_process_of_a_launch_imports_to_join_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    frozen: list[int] = []
+    with pytest.raises(SystemExit):
+        run_together(lambda ends: frozen.append(gc.get_freeze_count()))
+    assert frozen[0] > 0
+    assert gc.isenabled()
 
 
 @pytest.mark.usefixtures("_without_torch")
