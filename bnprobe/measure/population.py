@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from bnprobe.measure.memory import (
     fits_in_memory,
     is_out_of_memory,
     plan_samples,
+    plan_small,
     samples_in_memory,
 )
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
@@ -114,11 +115,11 @@ def steady_population(
 ) -> tuple[Population, Footprint]:
     """Population statistics on the train path without random layers, and the memory that a sample takes.
 
-    Every physical batch normalizes with its own statistics, all its samples together. Its samples are drawn at random,
-    so that a sorted loader does no harm. What is merged is the mean of all values and their variance about that mean,
-    as PreciseBN does (Wu & Johnson 2021, arXiv 2105.07576, section 3.2), not the mean of the batches' variances. Where
-    samples of different micro-batches cannot be mixed, or the model raises on batches of other sizes, the micro-batches
-    run as they are.
+    Every batch normalizes with its own statistics, all its samples together. It holds as many samples as ``batching``
+    runs at once, drawn at random, so that a sorted loader does no harm; several batches of a small network run in one
+    pass. What is merged is the mean of all values and their variance about that mean, as PreciseBN does (Wu & Johnson
+    2021, arXiv 2105.07576, section 3.2), not the mean of the batches' variances. Where samples of different
+    micro-batches cannot be mixed, or the model raises on batches of other sizes, the micro-batches run as they are.
 
     Args:
         session: Installed.
@@ -135,20 +136,25 @@ def steady_population(
     """
     population, footprint = population or Population(), Footprint(0, 0)
 
-    def run(batch: MicroBatch, mixed: bool = False) -> tuple[dict[Slot, Recorded], float]:
+    def run(batch: MicroBatch, part: int | None = None) -> tuple[dict[Slot, Recorded], float]:
         nonlocal footprint
-        pass_ = Pass(batch.samples, batch.samples, by_batch=frozen, plain=True)
+        own = part or batch.samples
+        layouts = batching.emulation.layouts_of("steady") if own < batch.samples else {}
+        pass_ = Pass(batch.samples, own, layouts=layouts, by_batch=frozen, plain=True)
         session.forward("steady", to_device(batch.data, session.device), pass_)
-        if mixed:
+        if part is not None:
             batching.emulation.require_same_sizes("steady", pass_)
         sizes = [record.bytes // batch.samples for record in pass_.records.values()]
         footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
         return own_records(session, pass_), batch.samples / batching.batch_size
 
+    def room() -> int:
+        return plan_small(footprint, session.device)
+
     found = None
     if batching.emulation.trusted:
         with suppress(CannotEmulateError, UserCodeError):
-            found = _of_mixed(session, micro_batches, batching, partial(run, mixed=True))
+            found = _of_mixed(session, micro_batches, batching, run, room)
     if found is None:
         population.mixed = False
         alone = Chunks(session.device, batching.batch_size, 1)
@@ -159,9 +165,17 @@ def steady_population(
 
 
 def _of_mixed(
-    session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, run: Callable[[MicroBatch], Result]
+    session: Session,
+    micro_batches: Sequence[MicroBatch],
+    batching: Batching,
+    run: Callable[[MicroBatch, int], Result],
+    room: Callable[[], int],
 ) -> list[Result]:
-    """What ``run`` gives for physical batches of samples drawn at random.
+    """What ``run`` gives for batches of samples drawn at random, each with its own statistics.
+
+    Args:
+        run: Given samples, and how many of them make a batch: the first batch alone, then as many as there is room for.
+        room: Samples that may run together, known after the first batch.
 
     Raises:
         CannotEmulateError, UserCodeError: Samples of different micro-batches cannot run together.
@@ -169,26 +183,34 @@ def _of_mixed(
     sizes = [batch.samples for batch in micro_batches]
     whole = join([batch.data for batch in micro_batches], sizes)
 
-    def run_rows(chunk: list[list[int]]) -> Result:
-        rows = [row for unit in chunk for row in unit]
-        return run(MicroBatch(pick(whole, rows, sum(sizes)), len(rows)))
-
     def refuse(error: Refusal) -> None:
-        raise error  # a unit by itself is no batch
+        raise error  # a sample by itself is no batch
 
-    units, parts = _evenly(sum(sizes), batching.batch_size * batching.at_once)
-    return Chunks(session.device, 1, len(units) // parts).run(units, run_rows, refuse)
+    def results_of(parts: list[list[int]], at_once: int) -> list[Result]:
+        size = len(parts[0])
+
+        def run_rows(rows: list[int]) -> Result:
+            return run(MicroBatch(pick(whole, rows, sum(sizes)), len(rows)), min(size, len(rows)))
+
+        return Chunks(session.device, 1, at_once * size).run([row for part in parts for row in part], run_rows, refuse)
+
+    first, *others = _evenly(sum(sizes), batching.batch_size * batching.at_once)
+    results = results_of([first], 1)
+    for size, alike in groupby(others, key=len):
+        together = max(1, room() // size)
+        # A power of two, so that half of it, where memory is short, is whole batches still.
+        results += results_of(list(alike), 2 ** (together.bit_length() - 1))
+    return results
 
 
-def _evenly(samples: int, most: int) -> tuple[list[list[int]], int]:
-    """Rows of samples in random order, in units of one sample or two, and how many parts the units divide into.
+def _evenly(samples: int, most: int) -> list[list[int]]:
+    """Rows of samples in random order, divided into parts.
 
     The parts are physical batches of ``most`` samples at most, whose sizes differ by one sample at most: none is left
     with a sample or two, which would normalize with each other alone.
     """
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    parts = order.tensor_split(math.ceil(samples / most))
-    return [unit.tolist() for part in parts for unit in part.tensor_split(samples // len(parts))], len(parts)
+    return [part.tolist() for part in order.tensor_split(math.ceil(samples / most))]
 
 
 def own_records(session: Session, pass_: Pass) -> dict[Slot, Recorded]:

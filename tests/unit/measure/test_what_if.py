@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from bnprobe.measure.population import Population, steady_population
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import untouched
 from bnprobe.measure.scan_loop import probe
-from bnprobe.measure.session import Session, UserFunctions, no_progress
+from bnprobe.measure.session import PathName, Session, UserFunctions, no_progress
 from bnprobe.measure.trial import WEIGHTS, MicroBatchStatistics
 from bnprobe.measure.what_if import what_if
 from bnprobe.nn import domain
@@ -510,6 +510,38 @@ def test_the_calls_of_a_shared_layer_are_one_population() -> None:
     mean, variance = population.statistics()[0]
     torch.testing.assert_close(mean, values.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(variance, values.var(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [36, 38])
+@pytest.mark.parametrize("network", [Residual, lambda: Siamese(False), lambda: Siamese(True)])
+def test_batches_that_run_together_each_have_their_own_statistics(
+    network: Callable[[], nn.Module], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a small network run together, also where there are batches of two sizes; a large one runs them apart."""
+    model, inputs = unsettled(network()), [3, 6, 6] if network is Residual else [2, 3, 6, 6]
+    pairs = [MicroBatch(part, len(part)) for part in torch.cat(images(10, SIZE, *inputs))[:count].split(2)]
+    sizes: list[tuple[int, int]] = []
+    run = Session.forward
+
+    def forward(session: Session, path: PathName, batch: Any, pass_: Pass) -> Any:
+        sizes.append((pass_.samples, pass_.batch_size))
+        return run(session, path, batch, pass_)
+
+    with running(model, [pair.data for pair in pairs], 2) as (session, emulation):
+        monkeypatch.setattr(Session, "forward", forward)
+        together, _ = steady_population(session, pairs, Batching(2, emulation, 2))
+        of_together = list(sizes)
+        sizes.clear()
+        monkeypatch.setattr("bnprobe.measure.population.plan_small", lambda footprint, device: 1)
+        apart, _ = steady_population(session, pairs, Batching(2, emulation, 2))
+    assert len(of_together) < len(sizes) == math.ceil(count / 4)
+    assert all(samples == size for samples, size in sizes)
+    batches = [size for samples, size in of_together for _ in range(samples // size)]
+    assert batches == [size for _, size in sizes]
+    assert together.values() == apart.values()
+    assert together.updates() == apart.updates()
+    for one, other in zip(together.statistics().values(), apart.statistics().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_is_off_while_statistics_are_taken() -> None:

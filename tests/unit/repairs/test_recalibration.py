@@ -26,6 +26,8 @@ from bnprobe.errors import (
 )
 from bnprobe.loading.data import as_batch_source
 from bnprobe.measure import population, reader
+from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.session import PathName, Session
 from bnprobe.nn import BatchRenorm2d
 from bnprobe.repairs.recalibration import recalibrate_loaded, repeated
 from support.fingerprint import fingerprint
@@ -592,14 +594,16 @@ def test_no_physical_batch_is_left_with_an_image_or_two(
 ) -> None:
     """These would normalize with each other alone: with one image a layer of (N, C) gives its bias."""
     monkeypatch.setattr(population, "LARGE", large)
-    sizes: list[int] = []
+    sizes: list[int] = []  # of what normalized together
+    run = Session.forward
 
-    def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        sizes.append(batch.shape[0])
-        return model(batch)
+    def forward(session: Session, path: PathName, batch: Any, pass_: Pass) -> Any:
+        sizes.extend([pass_.batch_size] * (pass_.samples // pass_.batch_size))
+        return run(session, path, batch, pass_)
 
+    monkeypatch.setattr(Session, "forward", forward)
     model, whole = nn.BatchNorm1d(1).double(), torch.arange(float(count)).double().reshape(-1, 1)
-    bnprobe.recalibrate(model, list(whole.split(3)), forward=forward)
+    bnprobe.recalibrate(model, list(whole.split(3)))
     torch.testing.assert_close(model.running_mean, whole.mean(0))
     torch.testing.assert_close(model.running_var, whole.var(0))
     physical: list[int] = []
