@@ -50,7 +50,7 @@ def one_number(name: str, function: BatchFunction, value: Any) -> Tensor:
     number = None if isinstance(value, str) else _as_number(value)
     if number is None or number.numel() != 1:
         raise DataError(_wrong(name, function, value, "one number (a float, or a tensor with one element)"))
-    return number.reshape(())
+    return number.reshape(()) if number.dim() else number
 
 
 def _as_number(value: Any) -> Tensor | None:

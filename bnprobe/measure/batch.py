@@ -70,11 +70,16 @@ def leaves_of(tree: Any) -> list[Any]:
     """The leaves of ``named_leaves`` without their places, which take longer to write down than to walk through."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, list | tuple):
-        return [leaf for item in tree for leaf in leaves_of(item)]
-    if isinstance(tree, Mapping):
-        return [leaf for value in tree.values() for leaf in leaves_of(value)]
-    return [leaf for _, leaf in named_leaves(tree)]
+    items = tree if isinstance(tree, list | tuple) else tree.values() if isinstance(tree, Mapping) else None
+    if items is None:
+        return [leaf for _, leaf in named_leaves(tree)]
+    leaves = []
+    for item in items:
+        if isinstance(item, Tensor):  # most are, and a loss walks through a batch for every sample
+            leaves.append(item)
+        else:
+            leaves += leaves_of(item)
+    return leaves
 
 
 def bytes_of(batch: Any) -> int | None:

@@ -318,14 +318,15 @@ class Session:
         last = self._last
         chosen: dict[str, Any] = {name: getattr(last, name) for name in ("by_batch", "statistics", "blend", "layouts")}
         pass_ = replace(pass_, batch_size=min(last.batch_size, pass_.batch_size), **chosen)
-        words = f"calling {name}(model, batch) ({_IN_WORDS[path]})"
+        border = model_code(f"calling {name}(model, batch) ({_IN_WORDS[path]})")
         running = self._running(path, pass_, functions=again)
         with replaying(self.model, self._state.put_back) as answered_with, running:
 
             def call(batch: Any, outputs: Outputs) -> Any:
                 answered_with(batch, outputs)
-                pass_.restart()
-                with model_code(words):
+                if again or pass_.entered:
+                    pass_.restart()
+                with border:
                     return function(self.model, batch)
 
             yield call
@@ -618,8 +619,10 @@ def outputs_one_by_one(outputs: Outputs, samples: int) -> list[Outputs]:
     for key, output in outputs.items():
         if _are_tensors(output, samples):
             columns = [leaf.clone().unsqueeze(1).unbind() for leaf in leaves_of(output)]
-            for own, row in zip(found, zip(*columns, strict=True), strict=True):
-                own[key] = with_leaves(output, row)
+            plain = isinstance(output, Tensor)
+            rows = columns[0] if plain else [with_leaves(output, row) for row in zip(*columns, strict=True)]
+            for own, row in zip(found, rows, strict=True):
+                own[key] = row
     return found
 
 
