@@ -85,7 +85,7 @@ def _chance(
         parts = [rows_of(outputs, start, start + size, size * len(batches)) for start in starts]
         recorded.extend((batch, size, part) for batch, part in zip(batches, parts, strict=True))
 
-    run_together(session, path, micro_batches, batching, record)
+    run_together(session, path, micro_batches, batching, record, scored=True)
     given = {"loss": session.functions.loss, "metric": session.functions.metric}
     functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
     for measure, function in functions.items():

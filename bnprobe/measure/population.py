@@ -30,6 +30,7 @@ from bnprobe.measure.memory import (
 )
 from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
 from bnprobe.measure.reader import KEPT_BYTES
+from bnprobe.measure.restore import random_state
 from bnprobe.measure.session import Progress, Session
 from bnprobe.stats.moments import pool_moments
 from bnprobe.wording import option
@@ -135,21 +136,24 @@ def steady_population(
         DeviceError, UserCodeError, DataError: As in any pass.
     """
     population, footprint = population or Population(), Footprint(0, 0)
+    draws: bool | None = None
 
     def run(batch: MicroBatch, part: int | None = None) -> tuple[dict[Slot, Recorded], float]:
-        nonlocal footprint
+        nonlocal footprint, draws
+        before = random_state() if draws is None else None
         own = part or batch.samples
         layouts = batching.emulation.layouts_of("steady") if own < batch.samples else {}
         pass_ = Pass(batch.samples, own, layouts=layouts, by_batch=frozen, plain=True)
         session.forward("steady", to_device(batch.data, session.device), pass_)
         if part is not None:
             batching.emulation.require_same_sizes("steady", pass_)
-        sizes = [record.bytes // batch.samples for record in pass_.records.values()]
-        footprint = Footprint(max(footprint.total, sum(sizes)), max([footprint.largest, *sizes]))
+        draws = random_state() != before if draws is None else draws
+        found = Footprint.of((record.bytes for record in pass_.records.values()), batch.samples)
+        footprint = Footprint(max(footprint.total, found.total), max(footprint.largest, found.largest))
         return own_records(session, pass_), batch.samples / batching.batch_size
 
     def room() -> int:
-        return plan_small(footprint, session.device)
+        return 0 if draws else plan_small(footprint, session.device)  # what is drawn depends on what runs together
 
     found = None
     if batching.emulation.trusted:

@@ -18,9 +18,9 @@ from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.returned import one_number
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, copy_tensors, join, one_by_one, to_device
 from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass
-from bnprobe.measure.memory import Result
+from bnprobe.measure.memory import SMALL_SAMPLES, Footprint, Result, plan_small
 from bnprobe.measure.physical_batch import Batching
-from bnprobe.measure.restore import preserved_random_state
+from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.session import Outputs, PathName, Session, outputs_one_by_one, rows_of
 from bnprobe.records import MEASURES, Measure, Score
 from bnprobe.stats.scores import Scores
@@ -336,7 +336,7 @@ def score_batches(
         table.add(score_outputs(session, path, batches, outputs, size, table))
 
     given = (session, path, micro_batches, batching, score)
-    run_together(*given, by_batch=by_batch, statistics=statistics, blend=blend, group=group, moments=False)
+    run_together(*given, by_batch=by_batch, statistics=statistics, blend=blend, group=group, scored=True)
     return table
 
 
@@ -351,14 +351,17 @@ def run_together(
     statistics: LayerStatistics | None = None,
     blend: Blend | None = None,
     group: int | None = None,
-    moments: bool = True,
+    scored: bool = False,
 ) -> list[Result]:
     """Run micro-batches, as many at once as fill a physical batch.
+
+    Of a small network more may run at once where they are scored only and no random numbers are drawn, which the first
+    pass tells: what is drawn depends on what runs together.
 
     Args:
         session: Installed.
         micro_batches, batching, by_batch, statistics, blend, group: As in ``score_batches``.
-        moments: As in ``Pass``.
+        scored: Only outputs are of use: no moments of layers that normalize with running statistics are recorded.
         use: Gets the micro-batches of one forward pass on the device, the samples of each, their outputs, and the pass.
 
     Returns:
@@ -368,15 +371,22 @@ def run_together(
         DeviceError, UserCodeError, DataError: See ``Chunks`` and ``Session``.
     """
 
+    chunks = batching.chunks(session.device)
+    may_grow = scored and batching.emulation.trusted and batching.at_once * batching.batch_size < SMALL_SAMPLES
+
     def run(chunk: list[MicroBatch]) -> Result:
+        nonlocal may_grow
         size, batches = chunk[0].samples, [batch.data for batch in chunk]
-        how = replace(batching, batch_size=size)
-        answers = {"by_batch": by_batch, "statistics": statistics or {}, "blend": blend, "moments": moments}
-        pass_ = how.pass_over(len(chunk), path, **answers)
+        how, before = replace(batching, batch_size=size), random_state() if may_grow else None
+        answers = {"by_batch": by_batch, "statistics": statistics or {}, "blend": blend}
+        pass_ = how.pass_over(len(chunk), path, moments=may_grow or not scored, **answers)
         pass_.batch_size = group if group and size % group == 0 else size
         _, outputs = session.forward(path, to_device(join(batches, size), session.device), pass_)
+        if may_grow and chunks.at_once == batching.at_once and random_state() == before:
+            footprint = Footprint.of((record.bytes for record in pass_.records.values()), size * len(chunk))
+            chunks.at_once = max(chunks.at_once, plan_small(footprint, session.device) // size)
+        may_grow = False
         return use([to_device(batch, session.device) for batch in batches], size, outputs, pass_)
 
-    chunks = batching.chunks(session.device)
     alike = groupby(micro_batches, key=attrgetter("samples"))
     return [result for _, group in alike for result in chunks.run(list(group), run)]

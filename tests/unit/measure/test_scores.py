@@ -180,6 +180,29 @@ def test_a_function_that_refuses_larger_batches_sees_micro_batches() -> None:
     torch.testing.assert_close(scores.batches, by_hand(raising, batches), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("draws", "together", "sizes"), [(False, True, [8, 72]), (True, True, [8] * 10), (False, False, [SIZE] * 40)]
+)
+def test_more_of_a_small_network_run_at_once_where_nothing_is_drawn(
+    draws: bool, together: bool, sizes: list[int]
+) -> None:
+    """What a model draws at inference depends on what runs together."""
+    batches, seen, model = held_out(40), list[int](), made()
+    session = Session.open(model, ScanSettings(), UserFunctions(loss=cross_entropy))
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        seen.append(len(inputs[0]))
+        if draws:
+            torch.rand(1)
+
+    model[0].register_forward_pre_hook(hook)
+    with session.installed():
+        table = score_batches(session, "eval", batches, Batching(SIZE, Emulation(together, "", None, {}), 4))
+    assert seen == sizes
+    expected = by_hand(cross_entropy, batches)
+    torch.testing.assert_close(table.scores("loss", "eval").batches, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_pass_that_records_no_moments_gives_the_same_outputs() -> None:
     session = Session.open(made(), ScanSettings())
     images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(2))
