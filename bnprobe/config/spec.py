@@ -123,7 +123,8 @@ Thresholds = Annotated[
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Not built by itself: most are only ever read as parts of a ``Spec``.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 class NormClass(_Section):
