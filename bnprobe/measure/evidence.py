@@ -38,7 +38,7 @@ from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.scores import Found, ScoreTable
-from bnprobe.measure.session import PathName
+from bnprobe.measure.session import PATHS, PathName
 from bnprobe.measure.statistic import Calls, CallTable, Columns, SampleStep, Scope, Statistic, Step
 from bnprobe.records import Output, StopReason
 from bnprobe.rules.shares import COMPOSITION_P
@@ -153,11 +153,11 @@ class PathEvidence:
             statistic.merge(other._statistics[name], self._table, other._table)
         self.batches += other.batches
 
-    def on_host(self) -> PathEvidence:
-        """The same in host memory, without the samples that wait for the next step."""
-        found = copy.copy(self)
+    def on_host(self, *kinds: type[Statistic]) -> PathEvidence:
+        """The same in host memory, without the samples that wait for the next step; of these statistics, or of all."""
+        found, names = copy.copy(self), {kind.name for kind in kinds} or self._statistics.keys()
         found._known = {}
-        found._statistics = {name: statistic.on_host() for name, statistic in self._statistics.items()}
+        found._statistics = {name: each.on_host() for name, each in self._statistics.items() if name in names}
         found._columns = found._remainder = None
         return found
 
@@ -532,6 +532,18 @@ class Evidence:
             scores=self.scores.on_host(),
             held_out=None if self.held_out is None else self.held_out.on_host(),
             failure=None,
+        )
+
+    def at_a_look(self) -> Evidence:
+        """The part of ``on_host`` by which a scan decides whether to go on."""
+        return Evidence(
+            layers=LayerSet((), ()),
+            batching=replace(self.batching, emulation=self.batching.emulation.closed),
+            paths={name: self.paths[name].on_host(LayerMismatch, MismatchSums) for name in PATHS},
+            batches=self.batches,
+            values=self.values,
+            by_batch=self.by_batch,
+            called=self.called,
         )
 
     @property

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from bnprobe.config.spec import ScanSettings
@@ -226,22 +225,22 @@ def _measure_until_done(
     Every process is at the same look: one that was stopped goes to the next one without measuring.
     """
     evidence = measurement.evidence
-    own, seen, stopped = ScanEnding(), Look(ScanEnding(), 0), None
+    own, seen, batches, stopped = ScanEnding(), ScanEnding(), 0, None
     for look in _looks(settings):
         own = own if own.early else _measure_to(look, measurement, reader, progress, world)
         try:
             with deferred_interrupts():
-                seen = meet(_look(own, evidence, settings), world)
-                stopped = seen.ending.stopped or _decided(measurement, seen, settings)
+                seen, found = _meet(own, evidence, settings, world)
+                batches, stopped = found.batches, seen.stopped or _decided(found, settings)
         except KeyboardInterrupt as error:
             own = ended_by(error, world)
         if stopped:
             break
     planned: StopReason = "requested" if settings.batches else "max_batches"
-    ending = own if own.early else replace(seen.ending, stopped=stopped or planned)
-    if ending.early and seen.batches == 0:
+    ending = own if own.early else replace(seen, stopped=stopped or planned)
+    if ending.early and batches == 0:
         raise ending.error or KeyboardInterrupt
-    return ending, seen.batches
+    return ending, batches
 
 
 def _measure_to(total: int, measurement: Measurement, reader: Reader, progress: Progress, world: World) -> ScanEnding:
@@ -318,19 +317,22 @@ def _looks(settings: ScanSettings) -> Iterator[int]:
     yield settings.max_batches
 
 
-def _decided(measurement: Measurement, seen: Look, settings: ScanSettings) -> StopReason | None:
+def _decided(seen: Evidence, settings: ScanSettings) -> StopReason | None:
     """Whether no layer's interval straddles the limit that decides on it: more batches would change no verdict."""
-    few = seen.batches * measurement.evidence.batch_size < FEWEST_PER_SIZE * max(settings.batch_sizes, default=0)
+    few = seen.batches * seen.batch_size < FEWEST_PER_SIZE * max(settings.batch_sizes, default=0)
     if settings.batches is not None or few:
         return None
-    for layer in measurement.session.layers.selected:
-        threshold = settings.threshold_of(layer.name, *layer.aliases)
-        found = [path[layer.index] for path in seen.paths if layer.index in path]
-        limit, others = mismatch_iid(threshold), seen.others_of(layer.index)
-        if layer.index not in seen.paths[1]:  # runs in training only, and is judged by the noise of its batches
+    training, inference, beyond_noise = seen.train.layer_sums(), seen.eval.layer_sums(), seen.beyond_noise()
+    for layer in seen.layers.selected:
+        index, threshold = layer.index, settings.threshold_of(layer.name, *layer.aliases)
+        if seen.normalizes_alike(index):
+            continue
+        found = [path[index] for path in (training, inference) if index in path]
+        limit, others = mismatch_iid(threshold), beyond_noise.get(index)
+        if index not in inference:  # runs in training only, and is judged by the noise of its batches
             limit = noise_limit(threshold)
         elif others is not None:
-            limit = deciding_limit(seen.paths[1][layer.index].mean - others, others, threshold)
+            limit = deciding_limit(inference[index].mean - others, others, threshold)
         intervals = [mean_interval(sums, STOPPING_CONFIDENCE) for sums in found]
         if standing(intervals, limit) == "undecided" or any(sums.heavy_tailed for sums in found):
             return None
@@ -383,49 +385,14 @@ def together(endings: Sequence[ScanEnding]) -> ScanEnding:
     return endings[0]
 
 
-@dataclass(frozen=True)
-class Look:
-    """What was measured so far, to see what is decided.
+def _meet(ending: ScanEnding, evidence: Evidence, settings: ScanSettings, world: World) -> tuple[ScanEnding, Evidence]:
+    """How all processes stand, and what all of them have measured, where that decides whether to go on.
 
-    Attributes:
-        batches: Micro-batches.
-        paths: Of the train and the eval path, the mismatch of each layer by its index.
-        others: By layer, how much of it at inference is no noise of i.i.d. batches, times the micro-batches measured.
+    Every process must call this, and all get the same result.
     """
-
-    ending: ScanEnding
-    batches: int
-    paths: tuple[dict[int, Sums], ...] = ()
-    others: dict[int, float] = field(default_factory=dict)
-
-    def __add__(self, other: Look) -> Look:
-        paths = tuple(_added(one, two) for one, two in zip(self.paths, other.paths, strict=True))
-        return Look(self.ending, self.batches + other.batches, paths, _added(self.others, other.others))
-
-    def others_of(self, layer: int) -> float | None:
-        return None if layer not in self.others else self.others[layer] / self.batches
-
-
-def _look(ending: ScanEnding, evidence: Evidence, settings: ScanSettings) -> Look:
-    """What this process has measured so far, of the layers that may be flagged; where that decides anything."""
-    if settings.batches is not None:
-        return Look(ending, evidence.batches)
-    every = evidence.train.layer_sums(), evidence.eval.layer_sums()
-    paths = tuple(
-        {index: sums for index, sums in path.items() if not evidence.normalizes_alike(index)} for path in every
-    )
-    others = {index: evidence.batches * part for index, part in evidence.beyond_noise().items() if index in paths[1]}
-    return Look(ending, evidence.batches, paths, others)
-
-
-def meet(look: Look, world: World) -> Look:
-    """Merge the looks of all processes; every process must call this, and all get the same result."""
-    looks = world.gather(replace(look, ending=look.ending.portable()))
-    return replace(reduce(add, looks), ending=together([each.ending for each in looks]))
-
-
-def _added(one: Mapping[int, Addend], other: Mapping[int, Addend]) -> dict[int, Addend]:
-    added = dict(one)
-    for index, value in other.items():
-        added[index] = added[index] + value if index in added else value
-    return added
+    own = evidence.at_a_look() if settings.batches is None else replace(evidence.at_a_look(), paths={})
+    endings, parts = zip(*world.gather((ending.portable(), own)), strict=True)
+    seen = parts[0]
+    for other in parts[1:]:
+        seen.merge(other)
+    return together(endings), replace(seen, layers=evidence.layers)

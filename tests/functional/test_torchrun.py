@@ -140,6 +140,14 @@ def test_looks_are_taken_together(workspace: Workspace) -> None:
     assert_same(one, several)
 
 
+def test_looks_tell_batches_that_are_not_iid_as_one_process_does(workspace: Workspace) -> None:
+    """The limit that decides depends on it, and half of the batches say less than all."""
+    arguments = ("scan", DIGITS / "sorted.yaml")
+    one, several = alone(workspace, *arguments), together(workspace, 2, *arguments)
+    assert (one["scan"]["stopped"], one["scan"]["batches"]) == ("decided", 32)
+    assert list(differences(one, several, *SINGLE)) == []
+
+
 def test_torchrun_itself(workspace: Workspace) -> None:
     """Fewer micro-batches than processes: the third measures nothing."""
     workspace.write("model.py", MODEL)
