@@ -44,11 +44,11 @@ from bnprobe.wording import option
 IMPACT_BYTES = 2**27
 """Upper limit on the norm-layer inputs of the samples that impacts are measured on; backward passes take twice that."""
 
-IMPACT_SHARE = 0.1
-"""Passes that impacts take, a backward pass counted twice, as a part of those of the two paths over all samples."""
+IMPACT_SHARE = 1 / 15
+"""Passes that impacts take, forward and backward, as a part of those of the two paths over all samples."""
 
-IMPACT_PASSES = 48
-"""Passes over one sample that impacts take at least, however few samples were scanned: six over eight samples."""
+IMPACT_PASSES = 32
+"""Passes over one sample that impacts take at least, however few samples were scanned: four over eight samples."""
 
 WHAT_IF_IMAGES = 512
 """Samples of training and of held-out data that remedies are tried on; they are kept in host memory."""

@@ -193,13 +193,10 @@ SAMPLES = 64
 WORST = 5
 """Layers that are measured, worst first by the estimate; and as many of those that have no estimate."""
 
-_BACKWARD = 2
-"""Forward passes that take as long as a backward pass: it multiplies by the weights twice."""
-
 _FEWEST_DRAWS = 2
-"""Backward passes at least."""
+"""Backward passes at least. One takes as long as a forward pass, since weights get no gradients."""
 
-FEWEST_PASSES = 2 + _FEWEST_DRAWS * _BACKWARD
+FEWEST_PASSES = 2 + _FEWEST_DRAWS
 """Over each sample: the graph, which is the reference, the backward passes, and the worst layer. In half precision the
 reference is one more."""
 
@@ -239,8 +236,8 @@ class Impacts:
         of at most 18%. The exact figure is the swap itself, one forward pass per layer.
 
         Args:
-            passes: Over each sample at most, a backward pass counted twice, but at least ``FEWEST_PASSES``; None: as
-                many as 256 products for each estimate take, and the five worst layers.
+            passes: Over each sample at most, but at least ``FEWEST_PASSES``; None: as many as 256 products for each
+                estimate take, and the five worst layers.
 
         Returns:
             For each selected layer that uses its running statistics on the eval path. ``loss`` is the mean over
@@ -274,8 +271,8 @@ class Impacts:
         if passes is None:
             return enough, WORST
         left = max(passes, FEWEST_PASSES) - 1
-        draws = min(enough, (left - 1) // _BACKWARD)
-        return draws, min(WORST, left - draws * _BACKWARD)
+        draws = min(enough, left - 1)
+        return draws, min(WORST, left - draws)
 
     def _estimates(self, draws: int) -> dict[int, float]:
         """Estimated relative L2 change of the outputs for each layer by itself, from so many backward passes.
