@@ -184,6 +184,18 @@ class GroupsRows(Protocol):
         """
 
 
+_NOT_FOLLOWED: dict[tuple[type[nn.Module], ...], str] = {
+    (MovingAverageBatchNorm, CrossIterationBatchNorm): (
+        "statistics of earlier batches, too, which a scan of single batches does not follow"
+    ),
+    (ExampleWeighedBatchNorm,): (
+        "example weighing: at inference every sample's own statistics enter, so running statistics are not all it uses"
+    ),
+    (DomainBatchNorm,): "statistics per domain, which a scan does not tell apart",
+}
+"""Layers of bnprobe.nn that no scan can measure, and why."""
+
+
 class BatchNormFamily:
     """torch.nn's BatchNorm1d/2d/3d, SyncBatchNorm and LazyBatchNorm, and their subclasses."""
 
@@ -194,6 +206,9 @@ class BatchNormFamily:
         return isinstance(module, _BatchNorm)
 
     def obstacle(self, module: nn.Module) -> str | None:
+        for kinds, reason in _NOT_FOLLOWED.items():
+            if isinstance(module, kinds):
+                return reason
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(is_lazy(tensor) for tensor in tensors):
             return "lazy layer that has not seen a batch yet: run the model once before scanning it"
@@ -338,48 +353,6 @@ class GhostFamily(BatchNormFamily):
 
     def note(self, info: NormInfo) -> str | None:
         return "normalizes ghost batches: figures are per part of a batch"
-
-
-class DomainFamily(BatchNormFamily):
-    """bnprobe.nn's layers with statistics per domain, which a scan leaves out."""
-
-    name = "per-domain"
-    functionals: tuple[Callable[..., Tensor], ...] = ()
-
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, DomainBatchNorm)
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        return "statistics per domain, which a scan does not tell apart"
-
-
-class EarlierBatchesFamily(BatchNormFamily):
-    """bnprobe.nn's moving average and cross-iteration batch norm, which a scan leaves out: earlier batches count."""
-
-    name = "earlier-batches"
-    functionals: tuple[Callable[..., Tensor], ...] = ()
-
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, MovingAverageBatchNorm | CrossIterationBatchNorm)
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        return "statistics of earlier batches, too, which a scan of single batches does not follow"
-
-
-class ExampleWeighingFamily(BatchNormFamily):
-    """bnprobe.nn's example weighing, which a scan leaves out: running statistics are not all that inference uses."""
-
-    name = "example-weighing"
-    functionals: tuple[Callable[..., Tensor], ...] = ()
-
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, ExampleWeighedBatchNorm)
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        return (
-            "example weighing: at inference every sample's own statistics enter, so running statistics are not all it"
-            " uses"
-        )
 
 
 @dataclass(frozen=True)
@@ -600,9 +573,6 @@ NORMS: Registry[NormFamily] = Registry(
         BatchRenormFamily(),
         GatedFamily(),
         GhostFamily(),
-        EarlierBatchesFamily(),
-        ExampleWeighingFamily(),
-        DomainFamily(),
     ),
     lambda family: family.name,
     "norm family",
