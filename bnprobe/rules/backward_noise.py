@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number, percent
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import MeasuredRule
 from bnprobe.rules.shares import lower_end
 
 
-class BackwardNoise(Rule):
+class BackwardNoise(MeasuredRule):
     """The batch statistics of the backward pass are too noisy.
 
     What:
@@ -46,11 +44,7 @@ class BackwardNoise(Rule):
     remedy = "Use larger normalization batches, or group norm, whose gradient does not depend on other samples."
     reports_impact = False
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer)
-
-    def _judge(self, layer: Layer) -> Verdict:
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         backward = layer.backward
         if backward is None:
             return self.skipped(layer.name, "no gradient reaches the layer")

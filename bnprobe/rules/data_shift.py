@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Remedy, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.effect import Effect
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Link, Rule
+from bnprobe.rules.interface import Link, MeasuredRule
 from bnprobe.rules.shares import NOISE_FACTOR, SUSPICIOUS, lower_end, mismatch_limit, why_no_shares
 from bnprobe.stats.theory import mismatch_iid
 
@@ -35,7 +33,7 @@ def _is_no_further_than_batches(layer: Layer) -> bool:
     return least <= shares.composition + shares.small_batch
 
 
-class DataShift(Rule):
+class DataShift(MeasuredRule):
     """The held-out data has other means and variances than the training data.
 
     What:
@@ -85,10 +83,6 @@ class DataShift(Rule):
     follows_from = (Link("composition", _is_no_further_than_batches),)
     free_remedy = "evaluation statistics"
     other_remedy = _PREPROCESSING
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         share, limit = None if layer.shares is None else layer.shares.data_shift, mismatch_limit(layer)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number, percent
 from bnprobe.records import Severity, Verdict
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Link, Rule
+from bnprobe.rules.interface import AnatomyRule, Link
 
 
-class DeadChannels(Rule):
+class DeadChannels(AnatomyRule):
     """Channels have a running variance below eps, which then determines their scale.
 
     What:
@@ -48,11 +46,7 @@ class DeadChannels(Rule):
     reports_impact = False
     follows_from = (Link("lag"), Link("never_trained"))
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer)
-
-    def _judge(self, layer: Anatomy) -> Verdict:
+    def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:
             return self.without_statistics(layer)
         if not layer.dead:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Updates, Verdict
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import MeasuredRule
 
 ROUNDING = 0.05
 """Updates are counted, so more than a few percent too many is not rounding."""
@@ -21,7 +19,7 @@ def has_extra_updates(layer: Layer) -> bool:
     return layer.updates is not None and layer.updates.per_step > layer.calls_per_forward * (1 + ROUNDING)
 
 
-class DoubleUpdate(Rule):
+class DoubleUpdate(MeasuredRule):
     """The running statistics are updated more often than once per training step.
 
     What:
@@ -61,11 +59,7 @@ class DoubleUpdate(Rule):
     )
     upstream_order = 40
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer)
-
-    def _judge(self, layer: Layer) -> Verdict:
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         updates, expected = layer.updates, float(layer.calls_per_forward)
         if updates is None:
             return self.skipped(layer.name, "its updates were not recorded")

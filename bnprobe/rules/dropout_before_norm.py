@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from bnprobe.numbers import listed, number
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Link, Rule
+from bnprobe.rules.interface import AnatomyRule, Link
 from bnprobe.rules.shares import share_limit
 
 
-class DropoutBeforeNorm(Rule):
+class DropoutBeforeNorm(AnatomyRule):
     """Dropout or another random layer comes before a BN layer, so variances differ between training and inference.
 
     What:
@@ -51,11 +50,8 @@ class DropoutBeforeNorm(Rule):
     free_remedy = "recalibrated"
     other_remedy = "Move dropout behind the last BN layer."
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer, facts.layers.get(layer.name))
-
-    def _judge(self, layer: Anatomy, measured: Layer | None) -> Verdict:
+    def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
+        measured = facts.layers.get(layer.name)
         before = float(len(layer.dropouts_before))
         if not before or not (layer.has_running_statistics and layer.trains_statistics):
             return self.passed(layer.name, "No random layer shifts its running statistics.", before, 0.0)

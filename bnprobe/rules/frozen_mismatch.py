@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.records import Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import AnatomyRule
 
 
-class FrozenMismatch(Rule):
+class FrozenMismatch(AnatomyRule):
     """Weight and bias are frozen while the running statistics are still updated, or the reverse.
 
     What:
@@ -53,10 +51,6 @@ class FrozenMismatch(Rule):
     )
     reports_impact = False
     commands = ("recalibrate --include-frozen",)
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if layer.trains_affine is None:

@@ -168,6 +168,30 @@ class Rule(ABC):
         )
 
 
+class MeasuredRule(Rule):
+    """A rule that judges each layer that a scan measured by itself."""
+
+    def check(self, facts: Facts) -> Iterator[Verdict]:
+        for layer in facts.layers.values():
+            yield self._judge(layer, facts)
+
+    @abstractmethod
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
+        """The verdict on a layer."""
+
+
+class AnatomyRule(Rule):
+    """A rule that judges each layer by itself, as the model alone shows it."""
+
+    def check(self, facts: Facts) -> Iterator[Verdict]:
+        for layer in facts.anatomy:
+            yield self._judge(layer, facts)
+
+    @abstractmethod
+    def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
+        """The verdict on a layer."""
+
+
 _REQUIRED = ("code", "title", "cause", "severity", "unit", "finding", "remedy")
 
 

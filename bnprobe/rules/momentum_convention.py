@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number
 from bnprobe.records import Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import AnatomyRule
 
 SUSPECT = 0.9
 """Other frameworks use values from here on (0.9, 0.99, 0.997) for the weight of the *old* statistics."""
 
 
-class MomentumConvention(Rule):
+class MomentumConvention(AnatomyRule):
     """A momentum of 0.9 or more, or of 0. In PyTorch it is the weight of the new batch, not of the old statistics.
 
     What:
@@ -57,10 +55,6 @@ class MomentumConvention(Rule):
     free_remedy = "recalibrated"
     commands = ("recalibrate",)
     other_remedy = "Use 1 - momentum: in PyTorch, momentum is the weight of the new batch."
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:

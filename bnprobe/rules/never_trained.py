@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.records import Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Link, Rule
+from bnprobe.rules.interface import AnatomyRule, Link
 
 
-class NeverTrained(Rule):
+class NeverTrained(AnatomyRule):
     """The running statistics are those of a new layer: mean 0 and variance 1 in every channel.
 
     What:
@@ -55,10 +53,6 @@ class NeverTrained(Rule):
         "Load a checkpoint that contains running_mean and running_var; keep these values if it was trained so."
     )
     commands = ("recalibrate",)
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:

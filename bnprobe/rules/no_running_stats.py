@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import percent
 from bnprobe.records import Verdict
 from bnprobe.rules.effect import MOVES
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import AnatomyRule
 
 
-class NoRunningStats(Rule):
+class NoRunningStats(AnatomyRule):
     """The layer has no running statistics, so it uses batch statistics at inference too.
 
     What:
@@ -47,10 +45,6 @@ class NoRunningStats(Rule):
         " track_running_stats=True to load them."
     )
     commands = ("recalibrate",)
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if layer.has_running_statistics:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import count
 from bnprobe.records import Verdict
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import AnatomyRule
 
 
-class NonFinite(Rule):
+class NonFinite(AnatomyRule):
     """The running statistics contain NaN, Inf or a negative variance.
 
     What:
@@ -48,11 +46,7 @@ class NonFinite(Rule):
     upstream_order = 10
     commands = ("recalibrate",)
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer)
-
-    def _judge(self, layer: Anatomy) -> Verdict:
+    def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         if not layer.has_running_statistics:
             return self.without_statistics(layer)
         bad = layer.non_finite + layer.negative

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import MeasuredRule
 from bnprobe.rules.shares import share_limit
 
 
-class RankDivergence(Rule):
+class RankDivergence(MeasuredRule):
     """The running statistics of the processes of a distributed run differ.
 
     What:
@@ -47,11 +45,8 @@ class RankDivergence(Rule):
         " splitting it."
     )
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer, facts.rank_mismatch.get(layer.name))
-
-    def _judge(self, layer: Layer, apart: float | None) -> Verdict:
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
+        apart = facts.rank_mismatch.get(layer.name)
         if apart is None:
             return self.skipped(layer.name, "the statistics of the processes were not compared")
         limit = share_limit(layer)

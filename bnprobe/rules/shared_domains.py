@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import number
 from bnprobe.records import Layer, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import MeasuredRule
 from bnprobe.rules.shares import is_mendable, lower_end, share_limit
 
 MOVES_MUCH = 0.5
 """From here on the layer moves the outputs so far (relative L2) that it is an error, whatever D is."""
 
 
-class SharedDomains(Rule):
+class SharedDomains(MeasuredRule):
     """One layer is called several times per forward pass, on data of different domains.
 
     What:
@@ -61,10 +59,6 @@ class SharedDomains(Rule):
     accounts_for = ("composition",)
     also_tried = (*effect.ADVISED, "batch statistics")
     upstream_order = 60
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         limit = share_limit(layer)

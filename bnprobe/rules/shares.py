@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from bnprobe.numbers import mismatch
@@ -31,7 +31,7 @@ from bnprobe.records import (
 )
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts, Need
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import MeasuredRule
 from bnprobe.stats.theory import equivalent_batch_size, mismatch_iid, standing
 
 Screened = Literal["flagged", "undecided", "clean"]
@@ -306,7 +306,7 @@ def _wrong_statistics(layer: Layer) -> float:
     return 0.0 if shares is None else shares.lag + shares.dropout + shares.propagation
 
 
-class ShareRule(Rule):
+class ShareRule(MeasuredRule):
     """A rule on one share of the mismatch at inference.
 
     Attributes:
@@ -318,10 +318,6 @@ class ShareRule(Rule):
     severity = "error"
     unit = "D"
     needs: ClassVar[Need] = "data"
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer, facts)
 
     @abstractmethod
     def explain(self, layer: Layer, facts: Facts) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.numbers import score
 from bnprobe.records import Layer, Severity, Verdict
 from bnprobe.rules import effect
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule, anatomy_of
+from bnprobe.rules.interface import MeasuredRule, anatomy_of
 
 
-class SingleImage(Rule):
+class SingleImage(MeasuredRule):
     """Normalizing one sample at a time, the layer is an instance norm in training, but not at inference.
 
     What:
@@ -58,12 +56,8 @@ class SingleImage(Rule):
     also_tried = effect.ADVISED
     commands = ("convert --to frozen --finetune",)
 
-    def check(self, facts: Facts) -> Iterator[Verdict]:
+    def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         size = 0 if facts.scan is None else facts.scan.batch_size
-        for layer in facts.layers.values():
-            yield self._judge(layer, facts, size)
-
-    def _judge(self, layer: Layer, facts: Facts, size: int) -> Verdict:
         anatomy = anatomy_of(facts, layer.name)
         trained = anatomy is None or anatomy.trains_statistics
         alone = layer.name in facts.samples_alone

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.records import Layer, Verdict
 from bnprobe.rules.facts import Facts
-from bnprobe.rules.interface import Rule, anatomy_of
+from bnprobe.rules.interface import MeasuredRule, anatomy_of
 
 _OF_ONE = (
     "If this is not training (acting, serving or evaluating one sample at a time), call model.eval() first: the"
@@ -14,7 +12,7 @@ _OF_ONE = (
 )
 
 
-class SingleValue(Rule):
+class SingleValue(MeasuredRule):
     """A batch gives the layer one value per channel, with which training raises an error.
 
     What:
@@ -50,10 +48,6 @@ class SingleValue(Rule):
     stops_training = True
     accounts_for = ("small_batch", "composition")
     upstream_order = 100
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.layers.values():
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Layer, facts: Facts) -> Verdict:
         fewest = min([layer.values_per_channel, *(call.values_per_channel for call in layer.calls)])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bnprobe.config.targets import TARGETS
 from bnprobe.records import Severity, Verdict
 from bnprobe.rules.facts import Anatomy, Facts
-from bnprobe.rules.interface import Rule
+from bnprobe.rules.interface import AnatomyRule
 
 
-class UndoneConversion(Rule):
+class UndoneConversion(AnatomyRule):
     """The weights are those of converted layers, and the model has plain BN in their place.
 
     What:
@@ -46,10 +44,6 @@ class UndoneConversion(Rule):
     unit = ""
     finding = "the checkpoint is of converted layers, and the model has plain BN there"
     remedy = "Convert the layers in load_model() before the weights are loaded: bnprobe.convert(model, [...], to=...)."
-
-    def check(self, facts: Facts) -> Iterator[Verdict]:
-        for layer in facts.anatomy:
-            yield self._judge(layer, facts)
 
     def _judge(self, layer: Anatomy, facts: Facts) -> Verdict:
         to = facts.undone.get(layer.name)
