@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from bnprobe.errors import UsageError
 from bnprobe.records import Baseline, LintReport, Report
-from bnprobe.report.json import dump, read_baseline
+from bnprobe.report.json import dump, read_as
 
 if TYPE_CHECKING:
     from bnprobe.cli.delivery import Delivery
@@ -29,7 +29,7 @@ class Baselines:
 
     def __init__(self, known: Path | None, written: Path | None) -> None:
         self._path = known
-        self._known: Baseline | None = None if known is None else read_baseline(known)
+        self._known: Baseline | None = None if known is None else read_as(known, Baseline)
         self.written = [] if written is None else [written]
 
     @property

@@ -29,11 +29,11 @@ def compare(
     """
     from bnprobe.cli.delivery import Delivery
     from bnprobe.commands.compare import compare_named
-    from bnprobe.records import Comparison
-    from bnprobe.report.json import read_report
+    from bnprobe.records import Comparison, Report
+    from bnprobe.report.json import read_as
 
     delivery = Delivery(
         "compare", Comparison, format_, output=output, folder=output_dir, force=force, show_all=show_all
     )
     delivery.check(reports)
-    delivery.deliver(compare_named([(str(path), read_report(path)) for path in reports]))
+    delivery.deliver(compare_named([(str(path), read_as(path, Report)) for path in reports]))

@@ -67,7 +67,8 @@ def _with_scans(record: RepairRecord, path: Path) -> RepairReport:
     """The record with what the repair wrote beside it, where the file still has its name."""
     from bnprobe.cli.artifacts import Artifacts
     from bnprobe.paths import is_file
-    from bnprobe.report.json import read_report
+    from bnprobe.records import Report
+    from bnprobe.report.json import read_as
     from bnprobe.report.repair import Files, RepairReport
 
     beside = Artifacts(path.with_name(f"{path.name.removesuffix('.record.json')}.safetensors"))
@@ -76,8 +77,8 @@ def _with_scans(record: RepairRecord, path: Path) -> RepairReport:
     before, after, log = (each if is_file(each) else None for each in (beside.before, beside.after, beside.log))
     return RepairReport(
         record,
-        None if before is None else read_report(before),
-        None if after is None else read_report(after),
+        None if before is None else read_as(before, Report),
+        None if after is None else read_as(after, Report),
         Files(str(path), *(None if each is None else str(each) for each in (before, after, log))),
     )
 

@@ -28,13 +28,13 @@ def verify(
     """
     from bnprobe.cli.delivery import Delivery
     from bnprobe.commands.verify import compare
-    from bnprobe.records import Verification
-    from bnprobe.report.json import read_report
+    from bnprobe.records import Report, Verification
+    from bnprobe.report.json import read_as
 
     delivery = Delivery(
         "verify", Verification, format_, output=output, folder=output_dir, force=force, show_all=show_all
     )
     delivery.check([before, after])
-    found = compare(read_report(before), read_report(after))
+    found = compare(read_as(before, Report), read_as(after, Report))
     delivery.deliver(found)
     raise typer.Exit(EXIT_CLEAN if found.passed else EXIT_FINDINGS)

@@ -54,7 +54,7 @@ from bnprobe.repairs import (
     wanted_from_report,
 )
 from bnprobe.repairs.plan import batch_norms
-from bnprobe.report.json import read_report
+from bnprobe.report.json import read_as
 from bnprobe.rules import effect, title_of
 from bnprobe.training import StateFolder, StepLog
 
@@ -303,7 +303,7 @@ def _wanted(spec: Spec, model: nn.Module, before: Report | None) -> tuple[dict[s
     if spec.repair.layers:
         return wanted_by_globs(model, spec.repair.layers), "--layers " + " ".join(spec.repair.layers)
     if spec.repair.report:
-        return wanted_from_report(read_report(placed(Path(spec.repair.report))), model), spec.repair.report
+        return wanted_from_report(read_as(placed(Path(spec.repair.report)), Report), model), spec.repair.report
     assert before is not None  # the caller scans if nothing else selects layers
     return wanted_from_report(before, model), f"a scan at batch size {before.scan.batch_size}"
 

@@ -75,18 +75,6 @@ def to_text(content: dict[str, Any], ascii_only: bool = False) -> str:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_report(text: str) -> Report:
-    """Read the report of a scan.
-
-    A field with a default may be missing: reports written before the field was added can still be read.
-
-    Raises:
-        UsageError: The text is no report of this schema version: a key is unknown, a key without a default is missing,
-            or a value is of another type. The message names the key.
-    """
-    return _as(Report, text)
-
-
 _KINDS: dict[type[Record], tuple[str, str]] = {
     Report: ("the report of a scan", "bnprobe scan --format json"),
     LintReport: ("the report of a lint", "bnprobe lint --format json"),
@@ -110,7 +98,7 @@ def load_document(text: str) -> Record:
     """Read any document that bnprobe writes, other than a baseline.
 
     Raises:
-        UsageError: As `load_report` raises it; or the keys are those of no document, or of a baseline.
+        UsageError: As `load_as` raises it; or the keys are those of no document, or of a baseline.
     """
     document = _parse(text)
     _check_version(document)
@@ -167,15 +155,6 @@ MOST_BYTES = 1_000_000_000
 """A file of more bytes is taken for something else: the report of a scan of 10,000 layers has 50 million."""
 
 
-def read_report(path: Path) -> Report:
-    """Read the file of a report of a scan.
-
-    Raises:
-        UsageError: The file cannot be read, or is no report; the message names it.
-    """
-    return read_as(path, Report)
-
-
 def read_document(path: Path) -> Record:
     """Read the file of any document that bnprobe writes.
 
@@ -183,15 +162,6 @@ def read_document(path: Path) -> Record:
         UsageError: The file cannot be read, or is no such document; the message names it.
     """
     return _read(path, load_document, "report")
-
-
-def read_baseline(path: Path) -> Baseline:
-    """Read the file of a baseline.
-
-    Raises:
-        UsageError: The file cannot be read, or is no baseline; the message names it.
-    """
-    return read_as(path, Baseline)
 
 
 def _read(path: Path, load: Callable[[str], _Document], noun: str) -> _Document:
@@ -218,10 +188,18 @@ def read_as(path: Path, record: type[_Document]) -> _Document:
     Raises:
         UsageError: The file cannot be read, or is no such document; the message names it.
     """
-    return _read(path, lambda text: _as(record, text), "baseline" if record is Baseline else "report")
+    return _read(path, lambda text: load_as(record, text), "baseline" if record is Baseline else "report")
 
 
-def _as(record: type[_Document], text: str) -> _Document:
+def load_as(record: type[_Document], text: str) -> _Document:
+    """Read a document of one kind.
+
+    A field with a default may be missing: documents written before the field was added can still be read.
+
+    Raises:
+        UsageError: The text is no such document of this schema version: a key is unknown, a key without a default is
+            missing, or a value is of another type. The message names the key.
+    """
     document = _parse(text)
     _check_version(document)
     found = _kind(document)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bnprobe.records import Report
 from bnprobe.report import RenderOptions, render
-from bnprobe.report.json import load_report
+from bnprobe.report.json import load_as
 from functional.command import CLEAN, ERROR, FINDINGS, REPOSITORY, Result, Workspace
 
 CASES = REPOSITORY / "tests" / "cases"
@@ -131,7 +132,7 @@ def _first(report: dict[str, Any]) -> str:
 def test_a_scan_gives_the_known_answer(scan: Scan, case: Case) -> None:
     scanned = scan(case.name)
     report = _report(scanned, case.code)
-    text = render(load_report(scanned.stdout), options=RenderOptions(width=400, show_all=True))
+    text = render(load_as(Report, scanned.stdout), options=RenderOptions(width=400, show_all=True))
     if case.causes:
         assert _first(report) in case.causes
         assert report["diagnoses"][0]["severity"] == ("error" if case.code == FINDINGS else "warning")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import bnprobe
+from bnprobe.records import Report
 from bnprobe.report import render
-from bnprobe.report.json import load_report
+from bnprobe.report.json import load_as
 from functional.command import CLEAN, FINDINGS, MODEL, REPOSITORY, Result, Workspace
 
 SAMPLES = REPOSITORY / "sample_configs"
@@ -53,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def test_training_steps_show_how_the_statistics_move(trained: Result) -> None:
     assert trained.code == FINDINGS
-    printed = render(load_report(trained.stdout))
+    printed = render(load_as(Report, trained.stdout))
     assert "Updated once per step and call, at the configured rate, in all 9 layers." in " ".join(printed.split())
     assert "BN301" not in printed  # passed, no longer skipped
 

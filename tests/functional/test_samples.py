@@ -12,8 +12,9 @@ import jsonschema
 import pytest
 
 from bnprobe.numbers import count
+from bnprobe.records import Report
 from bnprobe.report import render
-from bnprobe.report.json import load_report
+from bnprobe.report.json import load_as
 from bnprobe.rules import RULES
 from functional.command import CLEAN, FINDINGS, REPOSITORY, Result, Workspace
 
@@ -67,7 +68,7 @@ def test_a_sample_gives_a_report_that_fits_the_schema(scan: Scan, sample: str) -
     assert counted in " ".join(found.stdout.split())
     assert report["layers"]
     assert all(layer["train"] and layer["eval"] for layer in report["layers"])
-    printed = render(load_report((workspace.folder / OUTPUT).read_text(encoding="utf-8")))
+    printed = render(load_as(Report, (workspace.folder / OUTPUT).read_text(encoding="utf-8")))
     assert max(map(len, printed.splitlines())) <= 80
 
 

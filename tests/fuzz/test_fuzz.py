@@ -29,7 +29,7 @@ from bnprobe.loading.checkpoint import load_checkpoint
 from bnprobe.records import Report, Verification
 from bnprobe.repairs import wanted_from_report
 from bnprobe.report import FORMATS, RenderOptions, renderer
-from bnprobe.report.json import load_report
+from bnprobe.report.json import load_as
 from bnprobe.training import StateFolder
 from bnprobe.training.state import load_state
 from functional.command import SHIFTED, Workspace
@@ -115,7 +115,7 @@ def test_checkpoints(folder: Path, data: bytes, name: str, key: str | None, pref
 @given(data=changed("reports") | JSON)
 def test_reports(data: bytes) -> None:
     """As `verify` and `convert --report` read them."""
-    report = survives(lambda: load_report(data.decode(errors="replace")))
+    report = survives(lambda: load_as(Report, data.decode(errors="replace")))
     if report is not None:
         found = survives(lambda: verify(report, report))
         survives(lambda: wanted_from_report(report, Net()))

@@ -16,9 +16,9 @@ from bnprobe.analysis.baseline import baseline_of, compare
 from bnprobe.analysis.diagnosis import has_findings
 from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import UsageError
-from bnprobe.records import LintReport, Report, Severity, ShareIntervals, Tool, Verdict
+from bnprobe.records import Baseline, LintReport, Report, Severity, ShareIntervals, Tool, Verdict
 from bnprobe.report import render
-from bnprobe.report.json import dump, load_report, read_baseline
+from bnprobe.report.json import dump, load_as, read_as
 from bnprobe.rules.findings import failures
 from bnprobe.testing import make_layer
 from unit.report.fabricated_parts import report as report_of
@@ -148,10 +148,10 @@ def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = baseline_of(scanned(failed("a"), failed("b", None)))
     path = tmp_path / "b.json"
     path.write_text(dump(found), encoding="utf-8")
-    assert read_baseline(path) == found
+    assert read_as(path, Baseline) == found
     path.write_text(dump(scanned(failed("a"))), encoding="utf-8")
     with pytest.raises(UsageError, match="This is the report of a scan, not a baseline\\."):
-        read_baseline(path)
+        read_as(path, Baseline)
 
 
 def test_every_format_tells_them_apart() -> None:
@@ -166,7 +166,7 @@ def test_every_format_tells_them_apart() -> None:
     kept = {each["locations"][0]["logicalLocations"][0]["name"]: each["baselineState"] for each in results}
     assert kept == {"a": "unchanged", "b": "updated", "c": "new"}
     assert render(report, "junit").count("<failure") == 2
-    assert load_report(dump(report)) == report
+    assert load_as(Report, dump(report)) == report
     assert '"baseline"' not in dump(after)
 
 

@@ -17,7 +17,7 @@ from bnprobe.errors import DataError, DeviceError, UsageError
 from bnprobe.measure.accumulators import STATISTICS
 from bnprobe.measure.statistic import Statistic, Step
 from bnprobe.records import Report
-from bnprobe.report.json import dump, load_report
+from bnprobe.report.json import dump, load_as
 from support.networks import Flat, images, unsettled
 
 DATA = images(5, 4, 6)
@@ -91,7 +91,7 @@ def test_a_statistic_from_outside_stands_in_the_report() -> None:
         assert (low, high) == pytest.approx((float(means.min()), float(means.max())), abs=1e-6)
     document = json.loads(dump(report))
     assert document["layers"][0]["train"]["statistics"].keys() == {"range of means"}
-    assert load_report(dump(report)) == report
+    assert load_as(Report, dump(report)) == report
     plain = dump(scan(model, DATA, 4, num_batches=5))
     assert "statistics" not in json.loads(plain)["layers"][0]["train"]
 
@@ -109,7 +109,7 @@ def test_a_statistic_gives_what_json_can_hold(result: object, shown: object, mon
         report = scan(nn.BatchNorm1d(6), DATA, 4, num_batches=5)
     assert report.layers[0].train is not None
     assert report.layers[0].train.statistics == {"range of means": shown}
-    assert load_report(dump(report)) == report
+    assert load_as(Report, dump(report)) == report
 
 
 def assert_same_batches(report: Report, expected: Report) -> None:

@@ -28,7 +28,7 @@ from bnprobe.report import FORMATS, RenderOptions, batch_effects, diagnoses, fur
 from bnprobe.report import repair as repairs_in_words
 from bnprobe.report.html import network_charts
 from bnprobe.report.html.vega import log_scale
-from bnprobe.report.json import dump, load_document, load_report
+from bnprobe.report.json import dump, load_as, load_document
 from bnprobe.report.page import FINE, FLAGGED, clean
 from bnprobe.report.repair import RepairReport
 from bnprobe.rules import RULES
@@ -173,8 +173,8 @@ def test_a_report_gives_the_same_bytes_in_another_process(tmp_path: Path) -> Non
     report.write_text(dump(fabricated.batch_sizes()), encoding="utf-8")
     code = (
         "import sys, hashlib; from pathlib import Path; from bnprobe.report import render;"
-        "from bnprobe.report.json import read_report;"
-        "print(hashlib.sha256(render(read_report(Path(sys.argv[1])), 'html').encode()).hexdigest())"
+        "from bnprobe.records import Report; from bnprobe.report.json import read_as;"
+        "print(hashlib.sha256(render(read_as(Path(sys.argv[1]), Report), 'html').encode()).hexdigest())"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, str(report)],
@@ -194,7 +194,7 @@ def test_records_that_were_read_back_give_the_same_page(case: tuple[str, str], p
     kind, _ = case
     found: Any = document(*case)
     if kind == "scan":
-        read: Any = load_report(dump(found))
+        read: Any = load_as(Report, dump(found))
     elif kind == "repair":
         record = TypeAdapter(RepairRecord).validate_json(dump(found.record), strict=True)
         read = replace(found, record=record)

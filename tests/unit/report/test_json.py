@@ -21,9 +21,8 @@ from bnprobe.analysis.baseline import baseline_of
 from bnprobe.errors import UsageError
 from bnprobe.records import Baseline, Report
 from bnprobe.report import render
-from bnprobe.report.json import _KINDS, SCHEMAS, read_as, read_document, schema, schema_text
+from bnprobe.report.json import _KINDS, SCHEMAS, load_as, read_as, read_document, schema, schema_text
 from bnprobe.report.json import dump as as_json
-from bnprobe.report.json import load_report as load
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -49,8 +48,8 @@ def test_every_report_fits_the_schema_and_comes_back_equal(name: str) -> None:
     report = fabricated.REPORTS[name]()
     text = render(report, "json")
     jsonschema.Draft202012Validator(schema()).validate(json.loads(text))
-    assert load(text) == report
-    assert as_json(load(text)) == text
+    assert load_as(Report, text) == report
+    assert as_json(load_as(Report, text)) == text
     assert text.endswith("\n}\n")
 
 
@@ -119,23 +118,23 @@ def test_another_document_is_refused_with_the_place(change: Callable[[dict[str, 
     document = json.loads(as_json(fabricated.healthy()))
     change(document)
     with pytest.raises(UsageError, match=message):
-        load(json.dumps(document))
+        load_as(Report, json.dumps(document))
 
 
 def test_a_report_older_than_a_field_with_a_default_is_read() -> None:
     report = fabricated.healthy()
     document = json.loads(as_json(report))
     del document["scan"]["unselected"], document["layers"][1]["calls"]
-    assert load(json.dumps(document)) == report
+    assert load_as(Report, json.dumps(document)) == report
     document["layers"][1]["colour"] = "red"
     with pytest.raises(UsageError, match=r"layers\.1\.colour is unknown\."):
-        load(json.dumps(document))
+        load_as(Report, json.dumps(document))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{{", "3", '{"schema_version": 1e999}'])
 def test_what_is_no_report_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a JSON report of bnprobe"):
-        load(text)
+        load_as(Report, text)
 
 
 def test_importing_the_formats_loads_neither_torch_nor_pydantic() -> None:
@@ -170,4 +169,4 @@ def test_names_keep_their_characters() -> None:
     report = fabricated.healthy()
     odd = replace(report.layers[0], name='"[red]\n\u7d22')
     changed: Report = replace(report, layers=(odd, *report.layers[1:]))
-    assert load(as_json(changed)).layers[0].name == '"[red]\n\u7d22'
+    assert load_as(Report, as_json(changed)).layers[0].name == '"[red]\n\u7d22'

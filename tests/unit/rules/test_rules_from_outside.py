@@ -20,7 +20,7 @@ from bnprobe.config.spec import RulesSpec
 from bnprobe.errors import UsageError
 from bnprobe.records import Diagnosis, Report, Verdict
 from bnprobe.report import render
-from bnprobe.report.json import load_report
+from bnprobe.report.json import load_as
 from bnprobe.rules import RULES, Rule
 from bnprobe.rules.docs import pages
 from bnprobe.rules.facts import Facts
@@ -118,7 +118,7 @@ def test_the_terminal_report_has_its_title_and_the_json_report_reads_back(model:
     assert "Eps out of proportion (ACME7): 1 of 2 layers" in printed
     assert "Use the default eps." in printed
     assert "bnprobe explain ACME7" in printed
-    assert load_report(render(report, "json")) == report
+    assert load_as(Report, render(report, "json")) == report
 
 
 def test_a_report_names_its_cause_where_the_rule_is_not_installed(model: nn.Module) -> None:
