@@ -25,16 +25,15 @@ def no_norm(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def conv_net(shape: torch.Size | tuple[int, ...], classes: int, norm: Norm, width: int = 16) -> nn.Sequential:
+def conv_net(shape: torch.Size | tuple[int, ...], classes: int, norm: Norm) -> nn.Sequential:
     """Three convolutions, each with a normalization and ReLU behind it, mean over positions, a linear layer.
 
     Args:
         shape: Of an image: (channels, height, width).
         classes: Outputs.
         norm: Makes the normalizations.
-        width: Channels of the first convolution; the others have twice as many.
     """
-    sizes = [shape[0], width, 2 * width, 2 * width]
+    sizes = [shape[0], 16, 32, 32]
     layers: list[nn.Module] = []
     for position, (before, after) in enumerate(pairwise(sizes)):
         layers += [nn.Conv2d(before, after, 3, stride=1 + (position == 1), padding=1), norm(after), nn.ReLU()]
@@ -132,12 +131,12 @@ def held_out_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float
 
 
 @torch.no_grad()
-def input_of(model: nn.Module, layer: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
+def input_of(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
     """What a layer gets where the model runs on these images, in the mode that it is in."""
     given: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
-        for part in images.split(batch):
+        for part in images.split(512):
             model(part)
     finally:
         hook.remove()

@@ -128,17 +128,13 @@ def kind_of_sample(batch: Any, samples: int | None = None) -> str:
     return "image" if first.ndim == 4 and first.shape[1] in (1, 3) and sides[1] < 2 * sides[0] else "sample"
 
 
-def count_samples(batch: Any, usual: int | None = None) -> int | None:
+def count_samples(batch: Any) -> int | None:
     """Samples in a batch of which nothing else is known; where its parts disagree, as its first part says.
-
-    Args:
-        batch: As a loader collates it.
-        usual: How many its like have, where that is known: believed where some part of the batch has this length.
 
     Returns:
         None if there is nothing to count.
     """
-    return SampleCount(asked=usual, strict=False)(batch)
+    return SampleCount(strict=False)(batch)
 
 
 def count_samples_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -155,7 +155,7 @@ def farthest(found: TableReport, batch: TableBatch, most: int = 2) -> str:
         for feature, r, d in zip(found.features, batch.r, batch.d, strict=True)
         if d is not None and feature.name in differ
     ]
-    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in sorted(cells, key=lambda cell: -cell[0])[:most])
+    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in sorted(cells, key=lambda cell: -cell[0])[:2])
 
 
 def affine(r: float | None, d: float | None) -> str:
@@ -183,7 +183,7 @@ def farthest_features(found: TableReport, show_all: bool) -> list[tuple[TableFea
     return [(found.features[place], _farthest_batches(found, place)) for place in shown]
 
 
-def _farthest_batches(found: TableReport, place: int, most: int = 2) -> str:
+def _farthest_batches(found: TableReport, place: int) -> str:
     name = found.features[place].name
     cells = [
         (d * d + (1 - (1.0 if r is None else r)) ** 2, batch.name, r, d)
@@ -191,7 +191,7 @@ def _farthest_batches(found: TableReport, place: int, most: int = 2) -> str:
         for r, d in [(batch.r[place], batch.d[place])]
         if d is not None and (name in batch.differing)
     ]
-    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in sorted(cells, key=lambda cell: -cell[0])[:most])
+    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in sorted(cells, key=lambda cell: -cell[0])[:2])
 
 
 def batch_rows(found: TableReport) -> list[tuple[str, ...]]:

@@ -157,7 +157,7 @@ def _layers(found: Comparison, page: Page, show_all: bool) -> list[Text]:
         return []
     ends = [(mismatch(layer.points[0]), mismatch(layer.points[-1])) for layer in shown]
     columns = [
-        Column("D", arrows(ends, page, ARROW)),
+        Column("D", arrows(ends, page)),
         Column("change", [ratio(layer) for layer in shown], "left"),
         Column("", [words(layer) for layer in shown], "left"),
     ]

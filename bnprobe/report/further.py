@@ -28,7 +28,7 @@ from bnprobe.records import (
 )
 from bnprobe.report import figures
 from bnprobe.report.next_step import NextStep
-from bnprobe.report.page import ARROW, DEGREE, Page
+from bnprobe.report.page import DEGREE, Page
 from bnprobe.report.table import Column, Mark, Names, TableLayout, arrows, dropping, layer_names, table
 from bnprobe.rules import effect
 
@@ -375,7 +375,7 @@ def _score_columns(ordered: Sequence[Remedy], page: Page) -> list[Column]:
     for measure in MEASURES:
         pairs = [(remedy.before.of(measure), remedy.after.of(measure)) for remedy in ordered]
         if any(value is not None for pair in pairs for value in pair):
-            columns.append(Column(measure, arrows([(_score(start), _score(end)) for start, end in pairs], page, ARROW)))
+            columns.append(Column(measure, arrows([(_score(start), _score(end)) for start, end in pairs], page)))
     return columns
 
 

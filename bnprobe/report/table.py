@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from bnprobe.report.figures import points_in_line
-from bnprobe.report.page import STYLES, Page, pad
+from bnprobe.report.page import ARROW, STYLES, Page, pad
 
 MARK_WIDTH = 3
 """Cells for the marks before the names."""
@@ -185,13 +185,13 @@ def _line(mark: Mark, cells: Sequence[Text], indent: int, page: Page) -> Text:
     return line
 
 
-def arrows(pairs: Sequence[tuple[str, str]], page: Page, arrow: str) -> list[str]:
+def arrows(pairs: Sequence[tuple[str, str]], page: Page) -> list[str]:
     """Cells "before -> after" with both sides aligned by their decimal points."""
     if not pairs:
         return []
     before, after = (points_in_line([page.clean(cell) for cell in side]) for side in zip(*pairs, strict=True))
     left, right = (max(map(cell_len, side)) for side in (before, after))
     return [
-        f"{pad(start, left, right=True)} {page.clean(arrow)} {pad(end, right, right=True)}"
+        f"{pad(start, left, right=True)} {page.clean(ARROW)} {pad(end, right, right=True)}"
         for start, end in zip(before, after, strict=True)
     ]

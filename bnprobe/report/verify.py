@@ -184,8 +184,8 @@ def _table(rows: Sequence[ComparedLayer], page: Page, show_all: bool) -> list[Te
     mismatches = [mismatches_of(row.layer) for row in shown]
     flags = [what_became(row) for row in shown]
     columns = [
-        *([Column("n_eq", arrows(equivalents, page, ARROW))] if any(map(any, equivalents)) else []),
-        Column("D", arrows(mismatches, page, ARROW)),
+        *([Column("n_eq", arrows(equivalents, page))] if any(map(any, equivalents)) else []),
+        Column("D", arrows(mismatches, page)),
         *([Column("", flags, "left")] if any(flags) else []),
     ]
     marks = [Mark.of(sign_after(row.layer)) for row in shown]

@@ -283,7 +283,7 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
         trial.train(training)
         with noting_calls(trial) as noted:
             try:
-                problem = problem or _why_no_loss(*step(trial, "training_step", batch, run))
+                problem = problem or _why_no_loss(*step(trial, batch, run))
             except Exception as error:  # whatever the user's code raises
                 problem = problem or f"{'in train mode' if training else 'in eval mode'} it raises {_said(error)}"
         calls = calls or noted
@@ -300,9 +300,7 @@ def _with_loss(project: Project, trial: nn.Module, batch: Any, name: str, run: R
         )
         functions["forward"] = lambda model, batch: _fail(ModelError(why))
     if problem is None:
-        functions["loss"] = _as_written(
-            lambda model, batch: loss_in(*step(model, "training_step", batch, run)), trial, "training_step"
-        )
+        functions["loss"] = _as_written(lambda model, batch: loss_in(*step(model, batch, run)), trial, "training_step")
     taken = dict.fromkeys(functions, "training_step")
     missing = {} if problem is None else {"loss": f"training_step gives none to compare: {problem}"}
     return replace(project, functions=functions, taken=taken, missing=missing)

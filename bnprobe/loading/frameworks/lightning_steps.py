@@ -257,19 +257,19 @@ def _silent_logger(base: type) -> Any:
     return module.DummyLogger()
 
 
-def step(model: Any, name: str, batch: Any, run: Run) -> tuple[Any, Said]:
-    """Call ``training_step`` or ``validation_step`` on a batch.
+def step(model: Any, batch: Any, run: Run) -> tuple[Any, Said]:
+    """Call ``training_step`` on a batch.
 
     Returns:
         What it returned, and what it said.
     """
     with answering(model, run) as said, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metrics on a few samples
-        return call_step(model, name, batch), said
+        return call_step(model, "training_step", batch), said
 
 
 def call_step(model: Any, name: str, batch: Any) -> Any:
-    """The same where ``answering`` is in force already."""
+    """Call ``training_step`` or ``validation_step`` on a batch, where ``answering`` is in force already."""
     for hook in BATCH_HOOKS:
         if overrides(model, hook):
             batch = getattr(model, hook)(batch, 0)
@@ -450,5 +450,5 @@ def outputs_of(model: Any, batch: Any, run: Run, name: str, calls: int) -> Any:
         return forward
 
     with _forwards({name: (model.get_submodule(name), collecting)}), suppress(_Enough):
-        step(model, "training_step", batch, run)
+        step(model, batch, run)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -72,8 +72,8 @@ def test_a_bold_mark_makes_its_name_bold_and_a_dim_one_the_line_dim() -> None:
 
 def test_arrows_stand_below_each_other() -> None:
     page = Page(80, unicode=False)
-    assert arrows([("1.5", "10"), ("12", "0.25")], page, "→") == [" 1.5 -> 10   ", "12   ->  0.25"]
-    assert arrows([], page, "→") == []
+    assert arrows([("1.5", "10"), ("12", "0.25")], page) == [" 1.5 -> 10   ", "12   ->  0.25"]
+    assert arrows([], page) == []
 
 
 @given(
