@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -114,18 +114,43 @@ class ToBatchRenorm:
         return adopt(variants[space_dimensions(module)](**settings), module)
 
 
-class ToFrozen:
-    """BN that uses its running statistics in training too; they should be right, so recalibrate first."""
+class _OfVariants:
+    """Makes layers with BN's arguments and settings of the spec, of one class for each number of spatial dimensions.
+
+    Attributes:
+        variants: The classes.
+        settings: Names of further arguments, which are fields of the spec.
+        changes: What changes besides the class, a clause.
+        positive_eps: The name of the layer, if it needs a positive eps.
+        of_one: What is that of one process, so that no synchronized layer can be converted; empty: nothing.
+    """
+
+    variants: ClassVar[Variants]
+    settings: ClassVar[tuple[str, ...]] = ()
+    changes: ClassVar[str]
+    positive_eps: ClassVar[str] = ""
+    of_one: ClassVar[str] = ""
 
     def obstacle(self, module: _BatchNorm) -> str | None:
-        return no_statistics(module)
+        if self.of_one and _is_synchronized(module):
+            return f"is synchronized between processes, and {self.of_one} of one: make it plain BN first"
+        without = no_statistics(module)
+        return _eps_obstacle(module, self.positive_eps) if self.positive_eps and without is None else without
 
     def note(self, module: _BatchNorm) -> str:
-        return "running statistics stay as they are, in training too"
+        return self.changes
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {None: FrozenBatchNorm, 1: FrozenBatchNorm1d, 2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d}
-        return adopt(variants[space_dimensions(module)](**arguments(module), momentum=module.momentum), module)
+        given = {name: getattr(spec, name) for name in self.settings}
+        variant = self.variants[space_dimensions(module)]
+        return adopt(variant(**arguments(module), momentum=module.momentum, **given), module)
+
+
+class ToFrozen(_OfVariants):
+    """BN that uses its running statistics in training too; they should be right, so recalibrate first."""
+
+    variants: ClassVar = {None: FrozenBatchNorm, 1: FrozenBatchNorm1d, 2: FrozenBatchNorm2d, 3: FrozenBatchNorm3d}
+    changes = "running statistics stay as they are, in training too"
 
 
 class ToGroupNorm:
@@ -160,105 +185,81 @@ class ToSync:
         return adopt(SyncBatchRenorm(**settings, process_group=_process_group(module)), module)
 
 
-class ToInstanceRenorm:
+class ToInstanceRenorm(_OfVariants):
     """Every sample with its own statistics, corrected towards the running ones, with the blend of the spec."""
 
-    def obstacle(self, module: _BatchNorm) -> str | None:
-        return no_statistics(module)
-
-    def note(self, module: _BatchNorm) -> str:
-        return "at inference too, samples are normalized by their own statistics, to the extent of the blend"
-
-    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {None: InstanceRenorm, 1: InstanceRenorm1d, 2: InstanceRenorm2d, 3: InstanceRenorm3d}
-        variant = variants[space_dimensions(module)]
-        return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+    variants: ClassVar = {None: InstanceRenorm, 1: InstanceRenorm1d, 2: InstanceRenorm2d, 3: InstanceRenorm3d}
+    settings = ("blend",)
+    changes = "at inference too, samples are normalized by their own statistics, to the extent of the blend"
 
 
-class ToExampleWeighing:
+class ToExampleWeighing(_OfVariants):
     """BN whose running statistics take in the sample's own moments at inference, with the blend of the spec."""
 
-    def obstacle(self, module: _BatchNorm) -> str | None:
-        return no_statistics(module)
+    variants: ClassVar = {
+        None: ExampleWeighedBatchNorm,
+        1: ExampleWeighedBatchNorm1d,
+        2: ExampleWeighedBatchNorm2d,
+        3: ExampleWeighedBatchNorm3d,
+    }
+    settings = ("blend",)
+    changes = "at inference, samples are normalized by their own statistics, to the extent of the blend"
 
     def note(self, module: _BatchNorm) -> str:
         alone = "; in training, statistics are no longer synchronized" if _is_synchronized(module) else ""
-        return f"at inference, samples are normalized by their own statistics, to the extent of the blend{alone}"
-
-    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {
-            None: ExampleWeighedBatchNorm,
-            1: ExampleWeighedBatchNorm1d,
-            2: ExampleWeighedBatchNorm2d,
-            3: ExampleWeighedBatchNorm3d,
-        }
-        variant = variants[space_dimensions(module)]
-        return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+        return f"{self.changes}{alone}"
 
 
-class ToGated:
+class ToGated(_OfVariants):
     """A learned gate per channel between batch and running statistics, which starts at the blend of the spec."""
 
-    def obstacle(self, module: _BatchNorm) -> str | None:
-        return no_statistics(module)
-
-    def note(self, module: _BatchNorm) -> str:
-        return "a new parameter, gate_logit, which existing optimizers do not know: add it"
-
-    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}
-        variant = variants[space_dimensions(module)]
-        return adopt(variant(**arguments(module), momentum=module.momentum, blend=spec.blend), module)
+    variants: ClassVar = {None: GatedBatchNorm, 1: GatedBatchNorm1d, 2: GatedBatchNorm2d, 3: GatedBatchNorm3d}
+    settings = ("blend",)
+    changes = "a new parameter, gate_logit, which existing optimizers do not know: add it"
 
 
-class ToGhost:
+class ToGhost(_OfVariants):
     """Parts of a batch, each normalized by itself, of at most the samples that the spec says."""
 
-    def obstacle(self, module: _BatchNorm) -> str | None:
-        if _is_synchronized(module):
-            return (
-                "is synchronized between processes, and ghost batches are parts of the batch of one: make it plain BN"
-                " first"
-            )
-        return no_statistics(module) or _eps_obstacle(module, "ghost batch norm")
-
-    def note(self, module: _BatchNorm) -> str:
-        return "running statistics move once for every part of a batch"
-
-    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {None: GhostBatchNorm, 1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}
-        given = {**arguments(module), "momentum": module.momentum, "virtual_batch_size": spec.virtual_batch_size}
-        return adopt(variants[space_dimensions(module)](**given), module)
+    variants: ClassVar = {None: GhostBatchNorm, 1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}
+    settings = ("virtual_batch_size",)
+    changes = "running statistics move once for every part of a batch"
+    positive_eps = "ghost batch norm"
+    of_one = "ghost batches are parts of the batch"
 
 
-class ToMovingAverage:
+class ToMovingAverage(_OfVariants):
     """Statistics of the last batches, as many as the spec says, in both passes."""
 
-    def obstacle(self, module: _BatchNorm) -> str | None:
-        if _is_synchronized(module):
-            return "is synchronized between processes, and averages of batches are of one: make it plain BN first"
-        return no_statistics(module) or _eps_obstacle(module, "moving average batch norm")
-
-    def note(self, module: _BatchNorm) -> str:
-        return "its gradient is averaged over batches, and is not the derivative of its output"
-
-    def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {
-            None: MovingAverageBatchNorm,
-            1: MovingAverageBatchNorm1d,
-            2: MovingAverageBatchNorm2d,
-            3: MovingAverageBatchNorm3d,
-        }
-        given = {**arguments(module), "momentum": module.momentum, "window": spec.window}
-        return adopt(variants[space_dimensions(module)](**given), module)
+    variants: ClassVar = {
+        None: MovingAverageBatchNorm,
+        1: MovingAverageBatchNorm1d,
+        2: MovingAverageBatchNorm2d,
+        3: MovingAverageBatchNorm3d,
+    }
+    settings = ("window",)
+    changes = "its gradient is averaged over batches, and is not the derivative of its output"
+    positive_eps = "moving average batch norm"
+    of_one = "averages of batches are"
 
 
-class ToCrossIteration:
+class ToCrossIteration(_OfVariants):
     """Statistics of the last batches at the present weights of the convolution before, as many as the spec says.
 
     Args:
         before: What precedes each layer, if the model around them is known: then the new layers follow it.
     """
+
+    variants: ClassVar = {
+        None: CrossIterationBatchNorm,
+        1: CrossIterationBatchNorm1d,
+        2: CrossIterationBatchNorm2d,
+        3: CrossIterationBatchNorm3d,
+    }
+    settings = ("window", "burn_in")
+    changes = "the convolution or linear module before it gets a forward hook, by which the layer sees its input"
+    positive_eps = "cross-iteration batch norm"
+    of_one = "the batches of a window are"
 
     def __init__(self, before: Preceding | None = None) -> None:
         self._before = before
@@ -267,26 +268,11 @@ class ToCrossIteration:
         return ToCrossIteration(preceding(model))
 
     def obstacle(self, module: _BatchNorm) -> str | None:
-        if _is_synchronized(module):
-            return "is synchronized between processes, and the batches of a window are of one: make it plain BN first"
         found = self._preceding(module)
-        without = no_statistics(module) or _eps_obstacle(module, "cross-iteration batch norm")
-        return without or (found if isinstance(found, str) else None)
-
-    def note(self, module: _BatchNorm) -> str:
-        return "the convolution or linear module before it gets a forward hook, by which the layer sees its input"
+        return super().obstacle(module) or (found if isinstance(found, str) else None)
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {
-            None: CrossIterationBatchNorm,
-            1: CrossIterationBatchNorm1d,
-            2: CrossIterationBatchNorm2d,
-            3: CrossIterationBatchNorm3d,
-        }
-        given = {**arguments(module), "momentum": module.momentum, "window": spec.window, "burn_in": spec.burn_in}
-        layer = variants[space_dimensions(module)](**given)
-        adopt(layer, module)
-        before = self._preceding(module)
+        layer, before = super().replacement(module, spec), self._preceding(module)
         assert isinstance(layer, CrossIterationBatchNorm)  # as all variants are
         return layer.follow(before) if isinstance(before, nn.Module) else layer
 
@@ -294,22 +280,17 @@ class ToCrossIteration:
         return None if self._before is None else self._before[module]
 
 
-class ToPerDomain:
+class ToPerDomain(_OfVariants):
     """Statistics for each domain, which all begin as those of the layer; weight and bias stay shared."""
 
-    def obstacle(self, module: _BatchNorm) -> str | None:
-        if _is_synchronized(module):
-            return "is synchronized between processes, and statistics per domain are of one: make it plain BN first"
-        return no_statistics(module) or _eps_obstacle(module, "the layer with statistics per domain")
-
-    def note(self, module: _BatchNorm) -> str:
-        return "every domain begins with the statistics of all"
+    variants: ClassVar = {None: DomainBatchNorm, 1: DomainBatchNorm1d, 2: DomainBatchNorm2d, 3: DomainBatchNorm3d}
+    settings = ("domains",)
+    changes = "every domain begins with the statistics of all"
+    positive_eps = "the layer with statistics per domain"
+    of_one = "statistics per domain are"
 
     def replacement(self, module: _BatchNorm, spec: RepairSpec) -> nn.Module:
-        variants: Variants = {None: DomainBatchNorm, 1: DomainBatchNorm1d, 2: DomainBatchNorm2d, 3: DomainBatchNorm3d}
-        given = {**arguments(module), "momentum": module.momentum, "domains": spec.domains}
-        layer = variants[space_dimensions(module)](**given)
-        adopt(layer, module)
+        layer = super().replacement(module, spec)
         assert isinstance(layer, DomainBatchNorm)  # as all variants are
         layer.share()
         return layer
