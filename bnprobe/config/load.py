@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -427,7 +427,7 @@ class Merged:
         return Source({}, arguments=True)
 
 
-def validated(sources: list[Source]) -> Spec:
+def validated(sources: list[Source]) -> tuple[Spec, Merged]:
     """Merge and validate all sources.
 
     Raises:
@@ -438,7 +438,7 @@ def validated(sources: list[Source]) -> Spec:
     for source in sources:
         merged.add(source)
     try:
-        return Spec.model_validate(merged.values)
+        return Spec.model_validate(merged.values), merged
     except ValidationError as error:
         raise as_error(error, merged) from None
 
@@ -534,7 +534,7 @@ def build_spec(target: str, overrides: Mapping[str, Any]) -> Spec:
         SpecError: A file contains something that bnprobe does not understand.
         UsageError: An option has a wrong value.
     """
-    return validated(_sources(target, overrides))
+    return validated(_sources(target, overrides))[0]
 
 
 def _sources(target: str | None, overrides: Mapping[str, Any]) -> list[Source]:
@@ -587,10 +587,8 @@ def settings_in_force(target: str | None, overrides: Mapping[str, Any]) -> list[
         SpecError: A file contains something that bnprobe does not understand.
         UsageError: An option has a wrong value.
     """
-    sources = _sources(target, overrides)
-    spec, merged = validated([*([] if target else [Source({"model": {"target": ""}})]), *sources]), Merged()
-    for source in sources:
-        merged.add(source)
+    assumed = [] if target else [Source({"model": {"target": ""}})]
+    spec, merged = validated([*assumed, *_sources(target, overrides)])
     found = []
     for section, value in spec.model_dump(mode="json").items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
@@ -613,9 +611,20 @@ def settings_from(options: Mapping[str, Any], called: Callable[..., Any] | None 
         UsageError: An option is unknown or has a wrong value.
     """
     values = {key: value for key, value in options.items() if value is not None}
-    source = Source(values, arguments=True, further=() if called is None else tuple(signature(called).parameters))
+    return from_arguments(ScanSettings, values, () if called is None else tuple(signature(called).parameters))
+
+
+_Section = TypeVar("_Section", bound=BaseModel)
+
+
+def from_arguments(section: type[_Section], values: Mapping[str, Any], further: tuple[str, ...] = ()) -> _Section:
+    """A section from arguments of a function, which has ``further`` ones.
+
+    Raises:
+        UsageError: An argument is unknown or has a wrong value.
+    """
+    source = Source(dict(values), arguments=True, further=further)
     try:
-        return ScanSettings.model_validate(source.values)
+        return section.model_validate(source.values)
     except ValidationError as error:
-        sentences = [sentence(item, source, ScanSettings) for item in error.errors()]
-        raise UsageError("\n".join(sentences)) from None
+        raise UsageError("\n".join(sentence(item, source, section) for item in error.errors())) from None

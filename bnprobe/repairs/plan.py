@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnprobe.config.load import Source, sentence
+from bnprobe.config.load import from_arguments
 from bnprobe.config.spec import RepairSpec, matches_any
 from bnprobe.config.targets import AUTO, DEFAULT_TARGET, TARGETS, Target, require_used
 from bnprobe.errors import DeviceError, RepairError, UsageError, message_of
@@ -257,11 +256,7 @@ def _spec(options: Mapping[str, Any]) -> RepairSpec:
         raise UsageError(
             'to="auto" trains every target to choose one: name a target, or run bnprobe convert --finetune.'
         )
-    source = Source(dict(options), arguments=True)
-    try:
-        spec = RepairSpec.model_validate(source.values)
-    except ValidationError as error:
-        raise UsageError("\n".join(sentence(item, source, RepairSpec) for item in error.errors())) from None
+    spec = from_arguments(RepairSpec, options)
     require_used(spec.to, {name: options[name] for name in known if name in options}, "{}={!r}".format)
     return spec
 
