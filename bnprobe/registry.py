@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bnprobe.errors import BnprobeError, UsageError
@@ -156,3 +157,13 @@ def load_code(location: str, what: str, error: type[BnprobeError]) -> Any:
         return getattr(import_module(module), attribute)()
     except Exception as cause:  # the code of another package
         raise error(f"{what} ({location}) cannot be loaded: {type(cause).__name__}: {cause}") from cause
+
+
+def require(package: str, extra: str, what: str) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Raises:
+        UsageError: Says how to install it.
+    """
+    if find_spec(package) is None:
+        raise UsageError(f'{what} needs {package}: pip install "bnprobe[{extra}]".')

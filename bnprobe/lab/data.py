@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnprobe.errors import UsageError
 from bnprobe.numbers import count, listed
-from bnprobe.report.rows import require
+from bnprobe.registry import require
 
 _TEST = 4
 """One in so many images is held out where the data does not say which."""

@@ -26,8 +26,7 @@ from bnprobe.lab.experiments import EXPERIMENTS, ExperimentRow
 from bnprobe.measure.restore import preserved_process, seed_everything
 from bnprobe.numbers import count
 from bnprobe.records import Claim, LabReport, Tool, Trial
-from bnprobe.registry import load_code
-from bnprobe.report.rows import require
+from bnprobe.registry import load_code, require
 
 TRIALS = "trials.jsonl"
 """The file of a folder in which trials are kept: a line that says what is run, then one for each trial."""

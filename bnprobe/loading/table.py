@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from os import PathLike
@@ -28,6 +27,7 @@ from jaxtyping import Bool, Float
 from bnprobe.config.spec import why_missing
 from bnprobe.errors import DataError, UsageError, first_line_of, reason_of
 from bnprobe.numbers import count, joined, listed
+from bnprobe.registry import require
 from bnprobe.stats.batch_effects import Covariate, Design
 from bnprobe.wording import nearest, option
 
@@ -469,11 +469,6 @@ def _is_annotated(data: Any) -> bool:
     return hasattr(data, "obs") and hasattr(data, "var_names")
 
 
-def _require(package: str, extra: str, what: str) -> None:
-    if find_spec(package) is None:
-        raise UsageError(f'{what} needs {package}: pip install "bnprobe[{extra}]".')
-
-
 class _Text(Sheet):
     """A file of separated values. What is no feature stays text, so that "007" and "1.50" are written as they were."""
 
@@ -491,7 +486,7 @@ class _Text(Sheet):
         Raises:
             DataError: It cannot be read as a table.
         """
-        _require("pandas", "pandas", f"Reading {path}")
+        require("pandas", "pandas", f"Reading {path}")
         return cls(path, _Dialect.of(path))
 
     def line(self, row: int) -> int:
@@ -666,8 +661,8 @@ def _parsed(path: Path, dialect: _Dialect, options: dict[str, Any]) -> Any:
 
 
 def _parquet(path: Path) -> Sheet:
-    _require("pandas", "table", f"Reading {path}")
-    _require("pyarrow", "table", f"Reading {path}")
+    require("pandas", "table", f"Reading {path}")
+    require("pyarrow", "table", f"Reading {path}")
     import pandas as pd
 
     try:
@@ -693,7 +688,7 @@ class _Annotated(Sheet):
         Raises:
             DataError: It cannot be read.
         """
-        _require("anndata", "table", f"Reading {path}")
+        require("anndata", "table", f"Reading {path}")
         import anndata
 
         try:

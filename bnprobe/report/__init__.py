@@ -25,7 +25,7 @@ from bnprobe.records import (
     TableReport,
     Verification,
 )
-from bnprobe.registry import Registry
+from bnprobe.registry import Registry, require
 from bnprobe.report import (
     batch_effects,
     compare,
@@ -49,7 +49,6 @@ from bnprobe.report import (
 )
 from bnprobe.report.page import RenderOptions
 from bnprobe.report.repair import RepairReport
-from bnprobe.report.rows import require
 
 Renderer = Callable[[Any, RenderOptions], str]
 """A pure function from a document to text that ends with a newline."""

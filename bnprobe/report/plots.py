@@ -10,7 +10,8 @@ from typing import Any
 
 from bnprobe.errors import UsageError
 from bnprobe.records import SOURCES, Report, SweepReport
-from bnprobe.report.rows import Row, require
+from bnprobe.registry import require
+from bnprobe.report.rows import Row
 from bnprobe.rules.shares import flagging_limit
 
 _STEP = 16

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.util import find_spec
 from typing import Any
 
-from bnprobe.errors import UsageError
 from bnprobe.records import SOURCES, Impact, Layer, PathMeasurement, Report, SweepReport, Verification
+from bnprobe.registry import require
 from bnprobe.rules.shares import flagging_limit, flagging_size
 from bnprobe.wording import nearest
 
@@ -107,16 +106,6 @@ def frame(document: Report | SweepReport | Verification) -> Any:
     import pandas as pd
 
     return pd.DataFrame(rows(document))
-
-
-def require(package: str, extra: str, what: str) -> None:
-    """Refuse what needs a package that is not installed.
-
-    Raises:
-        UsageError: Says how to install it.
-    """
-    if find_spec(package) is None:
-        raise UsageError(f'{what} needs {package}: pip install "bnprobe[{extra}]".')
 
 
 def layer_named(document: Any, name: str) -> Any:

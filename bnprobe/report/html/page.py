@@ -16,8 +16,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from bnprobe.registry import require
 from bnprobe.report.page import FINE, FLAGGED, INFO, UNDECIDED, UNMEASURED, WARNING, clean
-from bnprobe.report.rows import require
 
 if TYPE_CHECKING:
     from jinja2 import Environment

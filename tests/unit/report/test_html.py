@@ -537,10 +537,10 @@ def test_an_empty_network_has_a_page() -> None:
 
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnprobe.report.rows.find_spec", lambda name: None)
+    monkeypatch.setattr("bnprobe.registry.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'--format html needs vl_convert: pip install "bnprobe\[html\]"\.'):
         render(fabricated.healthy(), "html")
-    monkeypatch.setattr("bnprobe.report.rows.find_spec", lambda name: None if name == "altair" else name)
+    monkeypatch.setattr("bnprobe.registry.find_spec", lambda name: None if name == "altair" else name)
     with pytest.raises(UsageError, match=r'--format html needs altair: pip install "bnprobe\[html\]"\.'):
         render(fabricated.healthy(), "html")
 

@@ -287,7 +287,7 @@ def test_a_chart_of_what_was_not_measured_says_how_to_measure_it() -> None:
 def test_a_package_that_is_missing_is_named_with_its_extra(
     package: str, use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bnprobe.report.rows.find_spec", lambda name: None)
+    monkeypatch.setattr("bnprobe.registry.find_spec", lambda name: None)
     extra = {"pandas": "pandas", "altair": "plot"}[package]
     with pytest.raises(UsageError, match=rf'needs {package}: pip install "bnprobe\[{extra}\]"'):
         getattr(fabricated.healthy(), use)() if use == "to_frame" else fabricated.healthy().plot
