@@ -36,8 +36,8 @@ from bnprobe.measure.restore import preserved_generators, preserved_random_state
 from bnprobe.measure.scan_loop import measure_mixed, probe
 from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer
-from bnprobe.records import SCHEMA_VERSION, Interval, Report, Tool
-from bnprobe.rules.effect import inconsistency
+from bnprobe.records import SCHEMA_VERSION, Report, Tool
+from bnprobe.rules.effect import excludes_zero, inconsistency
 from bnprobe.rules.facts import Facts
 from bnprobe.rules.selection import codes, selected
 from bnprobe.rules.shares import is_cause, mismatch_limit
@@ -352,14 +352,12 @@ def _is_doubtful(findings: Findings, facts: Facts, settings: ScanSettings) -> bo
     known = replace(facts, layers=layers, output=output, gaps=gaps)
     if any(verdict.outcome == "failed" for verdict in judge(known, settings.rules)):
         return True
+    # Also where inference is the better side: then something is wrong with training.
     return any(
-        _is_sure(interval) for gap in gaps for interval in (gap.inconsistency_interval, gap.generalization_interval)
+        excludes_zero(interval)
+        for gap in gaps
+        for interval in (gap.inconsistency_interval, gap.generalization_interval)
     )
-
-
-def _is_sure(interval: Interval | None) -> bool:
-    """Whether a change is significant: where inference is the better side, something is wrong with training."""
-    return interval is not None and (interval[0] > 0 or (interval[1] is not None and interval[1] < 0))
 
 
 def _check_requested(settings: ScanSettings, workload: Workload) -> None:

@@ -487,8 +487,7 @@ def _how_surely(change: effect.Change) -> str:
     """Whether a change is significant, and enough to count."""
     if change.standing in ("better", "worse"):
         return "surely"
-    low, high = change.interval or (-math.inf, None)
-    return "surely, but by little" if low > 0 or (high is not None and high < 0) else "not surely"
+    return "surely, but by little" if effect.excludes_zero(change.interval) else "not surely"
 
 
 def _title(diagnosis: Diagnosis, extent: str) -> str:

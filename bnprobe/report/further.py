@@ -18,7 +18,6 @@ from bnprobe.records import (
     Gap,
     Goal,
     GradientAngle,
-    Interval,
     Layer,
     Measure,
     Remedy,
@@ -158,11 +157,7 @@ def _largest_step(gap: Gap) -> str | None:
 
 
 def _is_significant(gap: Gap, step: str) -> bool:
-    interval: Interval | None = getattr(gap, f"{step}_interval")
-    if interval is None:
-        return False
-    low, high = interval
-    return low > 0 or (high is not None and high < 0)
+    return effect.excludes_zero(getattr(gap, f"{step}_interval"))
 
 
 # --- Remedies that need no training -----------------------------------------------------------------------------------

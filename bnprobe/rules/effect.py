@@ -339,11 +339,12 @@ def _steps(gap: Gap, chance: Sequence[Chance]) -> tuple[Change | None, ...]:
 
 def _contradict(changes: Sequence[Change]) -> bool:
     """Whether one measure is surely worse and the other surely better, each by what a report may tell."""
-    moved = [change for change in changes if _is_sure(change.interval) and abs(change.weight) > LITTLE_HARM]
+    moved = [change for change in changes if excludes_zero(change.interval) and abs(change.weight) > LITTLE_HARM]
     return len({change.harm > 0 for change in moved}) > 1
 
 
-def _is_sure(interval: Interval | None) -> bool:
+def excludes_zero(interval: Interval | None) -> bool:
+    """Whether a change with this interval is significant."""
     return interval is not None and (interval[0] > 0 or (interval[1] is not None and interval[1] < 0))
 
 
