@@ -22,7 +22,7 @@ from bnprobe.paths import placed
 from bnprobe.printable import escaped, escaped_lines
 from bnprobe.records import TrainingStep
 from bnprobe.report import Renderer, RenderOptions, figures
-from bnprobe.report.page import clean
+from bnprobe.report.page import can_show_signs, clean
 
 
 def print_report(
@@ -81,7 +81,7 @@ def _terminal_options(command: str) -> RenderOptions:
     return RenderOptions(
         width=_columns(stdout),
         color=stdout is not None and _takes_color(stdout),
-        unicode=_can_encode("✗▁█│×", None if stdout is None else stdout.encoding),
+        unicode=can_show_signs(None if stdout is None else stdout.encoding),
         folder=ci_folder(),
         command=command,
     )
@@ -119,14 +119,6 @@ def _columns(stdout: TextIO | None) -> int:
         return os.get_terminal_size(stdout.fileno()).columns or _USUAL_WIDTH if stdout else _USUAL_WIDTH
     except (OSError, ValueError):
         return _USUAL_WIDTH
-
-
-def _can_encode(text: str, encoding: str | None) -> bool:
-    try:
-        text.encode(encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def typed_command() -> str:

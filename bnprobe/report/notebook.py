@@ -53,7 +53,7 @@ from bnprobe.report import (
     watch,
 )
 from bnprobe.report.diagnoses import closing, findings_in_words
-from bnprobe.report.page import SEVERITY_SIGNS, as_call
+from bnprobe.report.page import SEVERITY_SIGNS, as_call, can_show_signs
 
 _Document = TypeVar("_Document", bound=Document)
 
@@ -67,23 +67,13 @@ def text(document: Document, verbose: bool, width: int | None) -> str:
         width: Columns; None: those of the terminal.
     """
     columns = shutil.get_terminal_size().columns if width is None else width
-    options = RenderOptions(
-        columns, show_all=verbose, verbose=verbose, unicode=_unicode(), command=_COMMAND, python=True
-    )
+    unicode = can_show_signs(getattr(sys.stdout, "encoding", None))
+    options = RenderOptions(columns, show_all=verbose, verbose=verbose, unicode=unicode, command=_COMMAND, python=True)
     return render(document, "terminal", options).rstrip("\n")
 
 
 _COMMAND = "bnprobe scan model.py"
 """What suggestions are variants of; as calls they name no file."""
-
-
-def _unicode() -> bool:
-    """Whether stdout can carry the signs of a report."""
-    try:
-        "✗▁█│×".encode(getattr(sys.stdout, "encoding", None) or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def one_line(document: Document) -> str:

@@ -95,6 +95,15 @@ _ASCII = str.maketrans(
 )
 
 
+def can_show_signs(encoding: str | None) -> bool:
+    """Whether an encoding has the signs of a report; None: it is not known."""
+    try:
+        "✗▁█│×".encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 def clean(text: str, unicode: bool) -> str:
     """Text that a terminal shows as it is: one line, nothing unprintable, ASCII where need be.
 
