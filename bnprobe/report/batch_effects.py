@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
@@ -150,12 +150,15 @@ def differing(found: TableReport, batch: TableBatch) -> str:
 def farthest(found: TableReport, batch: TableBatch, most: int = 2) -> str:
     """The features in which a batch is farthest from the population, e.g. "IL6 (+2.3), TNF (-1.1, × 0.4)"."""
     differ = set(batch.differing)
-    cells = [
-        (d * d + (1 - (1.0 if r is None else r)) ** 2, feature.name, r, d)
-        for feature, r, d in zip(found.features, batch.r, batch.d, strict=True)
-        if d is not None and feature.name in differ
-    ]
-    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in sorted(cells, key=lambda cell: -cell[0])[:2])
+    places = zip(found.features, batch.r, batch.d, strict=True)
+    return _largest(((feature.name, r, d) for feature, r, d in places if feature.name in differ), most)
+
+
+def _largest(cells: Iterable[tuple[str, float | None, float | None]], most: int = 2) -> str:
+    """The names of the cells (name, r, d) that are farthest from the population, each with its map."""
+    measured = [(d * d + (1 - (1.0 if r is None else r)) ** 2, name, r, d) for name, r, d in cells if d is not None]
+    ranked = sorted(measured, key=lambda cell: -cell[0])
+    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in ranked[:most])
 
 
 def affine(r: float | None, d: float | None) -> str:
@@ -185,13 +188,8 @@ def farthest_features(found: TableReport, show_all: bool) -> list[tuple[TableFea
 
 def _farthest_batches(found: TableReport, place: int) -> str:
     name = found.features[place].name
-    cells = [
-        (d * d + (1 - (1.0 if r is None else r)) ** 2, batch.name, r, d)
-        for batch in found.batches
-        for r, d in [(batch.r[place], batch.d[place])]
-        if d is not None and (name in batch.differing)
-    ]
-    return ", ".join(f"{name} ({affine(r, d)})" for _, name, r, d in sorted(cells, key=lambda cell: -cell[0])[:2])
+    differ = (batch for batch in found.batches if name in batch.differing)
+    return _largest((batch.name, batch.r[place], batch.d[place]) for batch in differ)
 
 
 def batch_rows(found: TableReport) -> list[tuple[str, ...]]:
