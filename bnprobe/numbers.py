@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 IN_MODE = {"train": "in training", "eval": "at inference"}
 """The two modes as adverbials."""
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 def number(value: float) -> str:
@@ -64,6 +67,14 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 def joined(names: Sequence[str]) -> str:
     """All of one or more names in a sentence, e.g. "bn1, bn2 and bn3"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def grouped(pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, list[_Value]]:
+    """The second of each pair by the first, both in the order of the pairs: what is said of several, once."""
+    groups: dict[_Key, list[_Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def finite_or_none(value: Any) -> Any:

@@ -15,7 +15,7 @@ from bnprobe._version import __version__
 from bnprobe.errors import DataError, NothingToProbeError, UsageError
 from bnprobe.files import refuse_input, require_new, write_all
 from bnprobe.loading.table import Choice, Table, endings, read_table
-from bnprobe.numbers import count, listed, percent
+from bnprobe.numbers import count, grouped, listed, percent
 from bnprobe.records import (
     SkippedFeature,
     TableAdjustment,
@@ -334,9 +334,7 @@ def _notes(read: Table, found: Fit) -> list[str]:
         few = [name for name, size in zip(read.design.batches, sizes, strict=True) if size == rows]
         if few:
             notes.append(f"{listed(few, 6)} {one if len(few) == 1 else several}: {why}.")
-    alike: dict[str, list[str]] = {}
-    for name in read.design.batches:
-        alike.setdefault(" ".join(name.casefold().split()), []).append(f'"{name}"')
+    alike = grouped((" ".join(name.casefold().split()), f'"{name}"') for name in read.design.batches)
     notes += [f"{listed(each)} differ in case or white space alone." for each in alike.values() if len(each) > 1]
     known = f"{read.design.name} and the other covariates" if len(read.design.covariates) > 1 else read.design.name
     notes += [

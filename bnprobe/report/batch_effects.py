@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
-from bnprobe.numbers import count, joined, listed, number, percent, plural
+from bnprobe.numbers import count, grouped, joined, listed, number, percent, plural
 from bnprobe.records import TableBatch, TableFeature, TableReport
 from bnprobe.report import figures
 from bnprobe.report.page import FINE, FLAGGED, STYLES, TIMES, UNMEASURED, Page, RenderOptions, to_string
@@ -123,9 +123,7 @@ def adjusted(found: TableReport) -> Iterator[str]:
 
 def skipped(found: TableReport, show_all: bool) -> list[str]:
     """The features that could not be judged, those of one reason together."""
-    names: dict[str, list[str]] = {}
-    for each in found.skipped:
-        names.setdefault(each.reason, []).append(each.name)
+    names = grouped((each.reason, each.name) for each in found.skipped)
     return [f"{listed(each, len(each) if show_all else 6)}: {reason}." for reason, each in names.items()]
 
 

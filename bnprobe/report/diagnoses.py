@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from bnprobe.numbers import IN_MODE, count
+from bnprobe.numbers import IN_MODE, count, grouped
 from bnprobe.records import EXEMPT, Diagnosis, Interval, Layer, Report, Severity, Verdict
 from bnprobe.report import figures, next_step
 from bnprobe.report.findings import MODEL
@@ -452,10 +452,7 @@ def _gains(diagnosis: Diagnosis, report: Report) -> list[tuple[str, str]]:
 
 def _in_sentences(measured: Sequence[tuple[str, str]]) -> str:
     """A sentence for each set of samples."""
-    groups: dict[str, list[str]] = {}
-    for data, clause in measured:
-        groups.setdefault(data, []).append(clause)
-    return " ".join(f"Measured on {data}: {'; '.join(clauses)}." for data, clauses in groups.items())
+    return " ".join(f"Measured on {data}: {'; '.join(clauses)}." for data, clauses in grouped(measured).items())
 
 
 def _takes(found: effect.Effect) -> str:

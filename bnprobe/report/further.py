@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.cells import cell_len
 from rich.text import Text
 
-from bnprobe.numbers import count, plural
+from bnprobe.numbers import count, grouped, plural
 from bnprobe.records import (
     MEASURES,
     Backward,
@@ -127,12 +127,10 @@ def largest_steps(found: Sequence[Gap]) -> list[str]:
     """Which significant step makes up more than half of all, and whether it is for the better; what agrees together."""
     if not any(_is_significant(gap, step) for gap in found for step in _STEPS):
         return ["No step is significant (95%) on these samples."] if found[0].samples else []
-    measures: dict[str, list[Gap]] = {}
-    for gap in found:
-        step = _largest_step(gap)
-        if step is not None:
-            measures.setdefault(step, []).append(gap)
-    return [f"The largest step is {_STEPS[step]}: {_directions(named, step)}." for step, named in measures.items()]
+    measures = grouped((_largest_step(gap), gap) for gap in found)
+    return [
+        f"The largest step is {_STEPS[step]}: {_directions(named, step)}." for step, named in measures.items() if step
+    ]
 
 
 def _directions(found: Sequence[Gap], step: str) -> str:
@@ -218,9 +216,7 @@ def remedy_notes(ordered: Sequence[Remedy], report: Report) -> list[str]:
 
 def _costs(found: Sequence[Remedy]) -> str:
     """What remedies cost where they are used, a sentence; empty where nothing is known."""
-    groups: dict[str, list[str]] = {}
-    for remedy in found:
-        groups.setdefault(remedy.cost, []).append(remedy_name(remedy))
+    groups = grouped((remedy.cost, remedy_name(remedy)) for remedy in found)
     told = [f"{cost} ({', '.join(names)})" for cost, names in groups.items() if cost]
     return f"They cost {'; '.join(told)}." if told else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -50,11 +51,7 @@ def refused(plan: Plan, page: Page, show_all: bool) -> list[Text]:
 
 def kinds(changes: Sequence[LayerChange]) -> list[tuple[str, int]]:
     """Every "kind -> new kind", and of how many layers, in their order."""
-    numbers: dict[str, int] = {}
-    for change in changes:
-        words = f"{change.kind} {ARROW} {change.to}"
-        numbers[words] = numbers.get(words, 0) + 1
-    return list(numbers.items())
+    return list(Counter(f"{change.kind} {ARROW} {change.to}" for change in changes).items())
 
 
 def _headline(plan: Plan, page: Page) -> list[Text]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -463,9 +464,7 @@ def span(values: Sequence[int]) -> str:
 
 def ended(runs: Sequence[Run]) -> str:
     """How the runs ended; only the odd ones are counted, as in "1 of 5 diverged"."""
-    numbers: dict[Ending, int] = {}
-    for run in runs:
-        numbers[run.ending] = numbers.get(run.ending, 0) + 1
+    numbers = Counter(run.ending for run in runs)
     if len(numbers) == 1:
         return _ENDINGS[runs[0].ending]
     odd = [f"{number} {_ENDINGS[ending]}" for ending, number in numbers.items() if ending != "finished"]

@@ -7,7 +7,7 @@ from statistics import median
 
 from rich.text import Text
 
-from bnprobe.numbers import count, listed, percent, plural
+from bnprobe.numbers import count, grouped, listed, percent, plural
 from bnprobe.records import (
     Composition,
     Distribution,
@@ -267,10 +267,7 @@ def _skipped(report: Report, page: Page, show_all: bool) -> list[Text]:
 
 def skipped_by_reason(skipped: Iterable[SkippedLayer]) -> dict[tuple[str, str], list[str]]:
     """Names of the layers that could not be judged, by class name and reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for layer in skipped:
-        groups.setdefault((layer.kind, layer.reason), []).append(layer.name)
-    return groups
+    return grouped(((layer.kind, layer.reason), layer.name) for layer in skipped)
 
 
 def _layer_notes(layers: Iterable[Layer], page: Page, show_all: bool) -> list[Text]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -231,10 +232,7 @@ def _hidden(rows: Sequence[ComparedLayer], shown: Sequence[ComparedLayer], page:
     if len(shown) == len(rows):
         return []
     left_out = [row for row in rows if row not in shown]
-    numbers: dict[str, int] = {}
-    for row in left_out:
-        words = what_became(row) or "not flagged"
-        numbers[words] = numbers.get(words, 0) + 1
+    numbers = Counter(what_became(row) or "not flagged" for row in left_out)
     parts = ", ".join(f"{number} {words}" for words, number in numbers.items())
     text = f"{count(len(left_out), 'more layer')} ({parts}); {page.every} shows all."
     return page.paragraph(text, "dim", first="   ")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from rich.text import Text
 
-from bnprobe.numbers import count, finite_or_none, joined, listed
+from bnprobe.numbers import count, finite_or_none, grouped, joined, listed
 from bnprobe.records import RECALIBRATE, UNDO, LayerSample, MonitorChange, MonitorFinding, MonitorLog, MonitorSample
 from bnprobe.report import figures
 from bnprobe.report.charts import sparkline
@@ -105,9 +105,7 @@ def sign_of(finding: MonitorFinding) -> str:
 
 def by_rule(findings: Sequence[MonitorFinding]) -> list[list[MonitorFinding]]:
     """The findings of each rule together, the worst rules first, then those that were found first."""
-    found: dict[str, list[MonitorFinding]] = {}
-    for finding in findings:
-        found.setdefault(finding.rule, []).append(finding)
+    found = grouped((finding.rule, finding) for finding in findings)
     return sorted(found.values(), key=lambda each: list(STYLES).index(sign_of(each[-1])))
 
 

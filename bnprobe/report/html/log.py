@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bnprobe.numbers import count, joined, listed
+from bnprobe.numbers import count, grouped, joined, listed
 from bnprobe.records import DEFAULT_THRESHOLD, LayerSample, MonitorFinding, MonitorLog, MonitorSample, SkippedLayer
 from bnprobe.report import figures
 from bnprobe.report import watch as words
@@ -204,10 +204,7 @@ def _n_eq(mismatch: float | None) -> float | None:
 
 def _part(samples: Sequence[MonitorSample]) -> _Part:
     losses = [sample.loss for sample in samples if sample.loss is not None]
-    by_layer: dict[str, list[float]] = {}
-    for sample in samples:
-        for name, layer in sample.layers.items():
-            by_layer.setdefault(name, []).append(layer.mismatch)
+    by_layer = grouped((name, layer.mismatch) for sample in samples for name, layer in sample.layers.items())
     return _Part(
         samples[0].step,
         samples[-1].step,
@@ -286,10 +283,8 @@ def _or_infinite(value: float) -> float:
 
 def _marks(log: MonitorLog, first: int, last: int) -> Iterator[step_charts.Mark]:
     """What happened, the most important first; the same at nearly the same step once."""
-    found: dict[tuple[str, int], list[MonitorFinding]] = {}
     column = max((last - first) / _MOST_PARTS, 1.0)
-    for finding in log.findings:
-        found.setdefault((finding.rule, int(finding.step / column)), []).append(finding)
+    found = grouped(((finding.rule, int(finding.step / column)), finding) for finding in log.findings)
     marks, seen = [], set()
     for (rule, _), findings in found.items():
         times = f", {count(len(findings), 'time')}" if len(findings) > 1 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from bnprobe.numbers import count
+from bnprobe.numbers import count, grouped
 from bnprobe.records import Verdict
 from bnprobe.report import diagnoses
 from bnprobe.report.findings import MODEL
@@ -17,9 +17,7 @@ from bnprobe.rules.docs import manual
 
 def rule_folds(verdicts: Sequence[Verdict]) -> Iterator[Block]:
     """Each rule with its outcome, what failed, and its manual; those that failed first."""
-    by_rule: dict[str, list[Verdict]] = {}
-    for verdict in sorted(verdicts, key=lambda verdict: verdict.rule):
-        by_rule.setdefault(verdict.rule, []).append(verdict)
+    by_rule = grouped((verdict.rule, verdict) for verdict in sorted(verdicts, key=lambda verdict: verdict.rule))
     folds: dict[str, list[Fold]] = {}
     for code, found in by_rule.items():
         title = f"{code}: {title_of(code, found[0].cause)}"
