@@ -8,7 +8,7 @@ FRAMEWORKS := $(VENV)/.frameworks
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser test test-benchmarks lint format docs picture bench rules schema clean
+.PHONY: help demo browser test lint format docs picture bench rules schema clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,11 +34,8 @@ browser: $(READY) ## install what the tests of pages drive: Playwright, and on D
 		  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 		echo "Chromium could not be installed: the tests of pages in a browser will be skipped."
 
-test: $(FRAMEWORKS) ## install, run the test suite: the package, and the command as users run it
+test: $(FRAMEWORKS) ## install, run the test suite: the package, the command as users run it, the benchmarks
 	$(BIN)/python -m pytest $(TWO)
-
-test-benchmarks: $(READY) ## test the benchmarks: their networks, faults and scores
-	$(BIN)/python -m pytest $(TWO) tests/benchmarks
 
 lint: $(FRAMEWORKS) ## ruff, mypy and the import contracts
 	$(BIN)/python -m ruff check .

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
 from support import shapechecks
 
 # This file must not import bnprobe: only what is imported after this line is checked.
-install_import_hook("bnprobe.stats", f"{shapechecks.__name__}.checked")
+jaxtyping.install_import_hook("bnprobe.stats", f"{shapechecks.__name__}.checked")
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("repeatable")
+
+
+CHECKED = ("unit", "fuzz")
+"""Tests of functions by themselves. Whole commands call them as these do, and checks take a seventh of their time."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check shapes or not, before the fixtures of the test are made."""
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", folder not in CHECKED)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
