@@ -534,12 +534,12 @@ class Evidence:
             failure=None,
         )
 
-    def at_a_look(self) -> Evidence:
-        """The part of ``on_host`` by which a scan decides whether to go on."""
+    def at_a_look(self, paths: Sequence[PathName] = PATHS) -> Evidence:
+        """The part of ``on_host`` by which a scan decides whether to go on; without ``paths`` only how far it is."""
         return Evidence(
             layers=LayerSet((), ()),
             batching=replace(self.batching, emulation=self.batching.emulation.closed),
-            paths={name: self.paths[name].on_host(LayerMismatch, MismatchSums) for name in PATHS},
+            paths={name: self.paths[name].on_host(LayerMismatch, MismatchSums) for name in paths},
             batches=self.batches,
             values=self.values,
             by_batch=self.by_batch,

@@ -21,7 +21,7 @@ from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, plan_batch
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state
 from bnprobe.measure.scores import score_outputs, why_unscored
-from bnprobe.measure.session import Progress, Session
+from bnprobe.measure.session import PATHS, Progress, Session
 from bnprobe.records import MEASURES, StopReason
 from bnprobe.rules.shares import deciding_limit, noise_limit
 from bnprobe.stats.intervals import Sums, mean_interval
@@ -390,7 +390,7 @@ def _meet(ending: ScanEnding, evidence: Evidence, settings: ScanSettings, world:
 
     Every process must call this, and all get the same result.
     """
-    own = evidence.at_a_look() if settings.batches is None else replace(evidence.at_a_look(), paths={})
+    own = evidence.at_a_look(PATHS if settings.batches is None else ())
     endings, parts = zip(*world.gather((ending.portable(), own)), strict=True)
     seen = parts[0]
     for other in parts[1:]:

@@ -118,26 +118,24 @@ def test_of_several_processes_each_checks_its_own_first_physical_batch(
     rank: int, alone: int, passes: list[tuple[str, int]]
 ) -> None:
     """By its own micro-batches: only process 0 has run one of them where layers were looked for."""
-    settings = ScanSettings(batches=8)
-    session, reader = Session.open(nn.BatchNorm2d(3), settings), Reader(images(8, 4, 3, 8, 8), 4, share=Share(rank, 2))
-    with session.installed():
-        evidence = probe(session, reader, settings, no_progress)
-    assert evidence is not None
-    assert evidence.batches == 4
-    assert evidence.batching.emulation.check is not None
-    assert evidence.batching.emulation.check.passed
+    assert _checked_in(Share(rank, 2), batches=8) == 4
     assert passes == [(path, samples) for samples in (*[4] * alone, 16) for path in ("train", "eval")]
 
 
 def test_a_process_without_a_micro_batch_makes_the_whole_check() -> None:
-    settings = ScanSettings(batches=2)
-    session, reader = Session.open(nn.BatchNorm2d(3), settings), Reader(images(8, 4, 3, 8, 8), 4, share=Share(2, 3))
+    assert _checked_in(Share(2, 3), batches=2) == 0
+
+
+def _checked_in(share: Share, batches: int) -> int:
+    """The micro-batches that one of several processes measures, which comes to the verdict that they run together."""
+    settings = ScanSettings(batches=batches)
+    session, reader = Session.open(nn.BatchNorm2d(3), settings), Reader(images(8, 4, 3, 8, 8), 4, share=share)
     with session.installed():
         evidence = probe(session, reader, settings, no_progress)
     assert evidence is not None
-    assert evidence.batches == 0
     assert evidence.batching.emulation.check is not None
     assert evidence.batching.emulation.check.passed
+    return evidence.batches
 
 
 @pytest.mark.parametrize("random", [False, True])
