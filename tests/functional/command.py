@@ -7,7 +7,6 @@ encodings, pipes. ``functional.processes`` forks processes for signals, terminal
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 from bnprobe.cli.app import main
+from support.imports import as_in_a_new_process
 
 COMMAND = Path(sys.executable).parent / "bnprobe"
 REPOSITORY = Path(__file__).parents[2]
@@ -70,10 +70,6 @@ SHIFTED = MODEL.replace("SHIFT = 0.0", "SHIFT = 3.0")
 _INTERRUPTIBLE = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 )
-
-_MAIN = "__main__", "__mp_main__"
-_SAMPLES = str(REPOSITORY / "sample_configs")
-_NOT_USERS = tuple(map(str, (sys.prefix, sys.base_prefix, REPOSITORY)))
 
 
 @dataclass(frozen=True)
@@ -187,11 +183,11 @@ def _exit_code(run: Callable[[], object]) -> int:
 @contextmanager
 def _as_process(folder: Path, arguments: list[str], environment: dict[str, str]) -> Iterator[None]:
     """While the block runs, this process looks like a new one in ``folder``; afterwards like before."""
-    before, path = Path.cwd(), list(sys.path)
-    others = _take_out_users_modules()
+    before = Path.cwd()
     os.chdir(folder)
     try:
         with (
+            as_in_a_new_process(),
             mock.patch.dict(os.environ, environment, clear=True),
             mock.patch.multiple(sys, argv=arguments, stdin=io.StringIO()),
             _usual_warnings(),
@@ -199,10 +195,6 @@ def _as_process(folder: Path, arguments: list[str], environment: dict[str, str])
             yield
     finally:
         os.chdir(before)
-        sys.path[:] = path
-        _take_out_users_modules()
-        sys.modules.update(others)
-        importlib.invalidate_caches()  # files of the folder may change within the resolution of their time stamps
 
 
 @contextmanager
@@ -225,29 +217,6 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-
-def _take_out_users_modules() -> dict[str, Any]:
-    """Forget the modules that are no part of Python, of a package or of this repository; those forgotten."""
-    unknown = {name: module for name, module in sys.modules.items() if _not_users.get(name) is not module}
-    found = {name: module for name, module in unknown.items() if name not in _MAIN and _is_users(module)}
-    _not_users.update((name, module) for name, module in unknown.items() if name not in found)
-    for name in found:
-        del sys.modules[name]
-    return found
-
-
-_not_users: dict[str, Any] = {}
-"""Modules that were looked at before: there are thousands."""
-
-
-def _is_users(module: Any) -> bool:
-    """Whether a module was imported from a user's folder (or has no file, as a namespace package of it)."""
-    known = getattr(module, "__dict__", {})  # some modules of torch make up the attributes that they lack
-    path = known.get("__path__", ())
-    path = getattr(path, "_path", path)  # of a namespace package: to iterate over it would look for the package anew
-    places = [place for place in (known.get("__file__"), *path) if isinstance(place, str)]
-    return any(not place.startswith(_NOT_USERS) or place.startswith(_SAMPLES) for place in places)
 
 
 def _stream(errors: str) -> io.TextIOWrapper:

@@ -31,6 +31,7 @@ from bnprobe.rules.docs import manual
 from bnprobe.rules.interface import SECTIONS
 from functional.command import REPOSITORY, Workspace
 from functional.documentation import Block, rewritten
+from support.imports import as_in_a_new_process
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,22 +90,14 @@ def write_metadata(folder: Path) -> None:
     (info / "entry_points.txt").write_text("\n".join(rows), encoding="utf-8")
 
 
-def forget_modules() -> None:
-    for name in list(sys.modules):
-        if name.partition(".")[0] in {"acme_bnprobe", "model", "ghosts"}:
-            del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder on the path that holds the page's files, not yet installed."""
     folder = tmp_path_factory.mktemp("site")
     write_modules(folder)
-    forget_modules()  # other tests have a model.py too
-    with pytest.MonkeyPatch.context() as patch:
+    with as_in_a_new_process(), pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield folder
-    forget_modules()
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
-"""Each test of loading leaves sys.path and sys.modules as a process would find them."""
+"""Each test of loading begins and leaves ``sys.path`` and ``sys.modules`` as a new process would find them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from support.imports import as_in_a_new_process
+
 
 @pytest.fixture(autouse=True)
-def _clean_imports(tmp_path: Path) -> Iterator[None]:
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+def _clean_imports() -> Iterator[None]:
+    with as_in_a_new_process():
+        yield

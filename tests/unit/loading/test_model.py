@@ -212,10 +212,7 @@ def test_a_syntax_error_at_run_time_is_the_users_exception(tmp_path: Path) -> No
         ("def load_model(depth): return depth\n", TypeError, "calling"),
     ],
 )
-def test_exceptions_of_the_users_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, error: type[BaseException], call: str
-) -> None:
-    monkeypatch.delitem(sys.modules, "model", raising=False)  # of another test's model file
+def test_exceptions_of_the_users_file(tmp_path: Path, text: str, error: type[BaseException], call: str) -> None:
     target = write(tmp_path, text)
     with pytest.raises(UserCodeError) as caught:
         load(target)

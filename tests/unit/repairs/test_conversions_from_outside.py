@@ -20,6 +20,7 @@ from bnprobe.cli.app import app
 from bnprobe.config.targets import TARGETS, Target
 from bnprobe.errors import RepairError, UsageError
 from bnprobe.repairs import deployable_state
+from support.imports import as_in_a_new_process
 
 ROW = """
 from bnprobe.config.targets import Target
@@ -99,13 +100,10 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     for name, text in (("counting_targets", ROW), ("counting_layers", LAYERS), ("model", MODEL)):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "model", raising=False)  # that of another test
     monkeypatch.chdir(tmp_path)
-    with TARGETS.including(import_module("counting_targets").COUNTING) as row:
+    with as_in_a_new_process(), TARGETS.including(import_module("counting_targets").COUNTING) as row:
         assert "counting_layers" not in sys.modules  # imported when a layer is converted
         yield row
-    for name in ("counting_targets", "counting_layers"):
-        sys.modules.pop(name, None)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -147,7 +145,6 @@ def test_it_is_trained_scanned_and_deployed(target: Target, monkeypatch: pytest.
     weights = load_file("out.safetensors")
     plain = import_module("model").load_model()
     plain.load_state_dict(weights, strict=True)
-    sys.modules.pop("model")
 
 
 def test_python_converts_deploys_and_scans_it(target: Target) -> None:
