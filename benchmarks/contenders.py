@@ -80,6 +80,8 @@ class Probe:
                 session.forward(path, join(step), pass_)
                 for one in sums:
                     one.add(pass_.records, self._layers.layers)
+            for one in sums:
+                one.settle()
         return sums
 
     @contextmanager

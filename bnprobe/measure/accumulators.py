@@ -35,7 +35,7 @@ POOL_SAMPLES = 1024
 class Mismatch(Statistic):
     """D of each call: mean over channels, and over the groups of a micro-batch.
 
-    ``first_bad`` is the step in which a non-finite value was first seen.
+    ``first_bad`` is the physical batch in which a non-finite value was first seen.
     """
 
     name = "mismatch"
@@ -51,11 +51,12 @@ class Mismatch(Statistic):
     def update(self, step: Step) -> None:
         per_call, call = step.mismatch_of_call, step.columns.call
         self.accumulate("powers", call, _powers(per_call))
-        good = (per_call < torch.inf).all(0)  # never of NaN; D is not negative
-        self.accumulate("first_bad", call, torch.full_like(call, step.number).masked_fill(good, self.never))
+        good = per_call < torch.inf  # never of NaN; D is not negative
+        number = torch.tensor(step.numbers, device=good.device).unsqueeze(1)
+        self.accumulate("first_bad", call, number.masked_fill(good, self.never).amin(0))
 
     def every(self, table: CallTable) -> dict[Slot, tuple[Sums, int | None]]:
-        """The sums of each call, and the step of the first non-finite value, None if all are finite."""
+        """The sums of each call, and the physical batch of the first non-finite value, None if all are finite."""
         steps = [None if bad == self.never else bad for bad in self["first_bad"].tolist()]
         return dict(zip(table.calls, zip(_sums(self["powers"]), steps, strict=True), strict=True))
 
@@ -139,9 +140,10 @@ class CorrectionValues(Statistic):
         self.accumulate("total", channel, values.sum(0))
         self.accumulate("square", channel, values.square().sum(0))
         self.accumulate("clipped", channel, clipped.sum(0, dtype=torch.float64))
-        self.accumulate("low", channel, values.amin(0))
-        self.accumulate("high", channel, values.amax(0))
-        bins = (self.axis.index(values) + columns.state_of_column * self.axis.bins).flatten()
+        low, high = values.aminmax(dim=0)
+        self.accumulate("low", channel, low)
+        self.accumulate("high", channel, high)
+        bins = self.axis.index(values).add_(columns.state_of_column, alpha=self.axis.bins).flatten()
         self["histogram"].view(-1).index_add_(0, bins, torch.ones_like(bins))
 
     def every(self, table: CallTable) -> dict[Slot, Values]:

@@ -34,6 +34,7 @@ from bnprobe.measure.accumulators import (
 )
 from bnprobe.measure.batch import MicroBatch
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
+from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.layers import LayerSet, ProbedLayer
 from bnprobe.measure.outputs import Contributions, OutputSums
 from bnprobe.measure.physical_batch import Batching
@@ -45,10 +46,11 @@ from bnprobe.rules.shares import COMPOSITION_P
 from bnprobe.stats.composition import Images, analyse
 from bnprobe.stats.intervals import REPLICATES, Sums
 from bnprobe.stats.ladder import BatchSums, blend, mismatch, running, settled
-from bnprobe.stats.moments import corrections, pool_moments
+from bnprobe.stats.moments import Moments, corrections, pool_moments
 
-_CHUNK_VALUES = 2**19
-"""Values per temporary tensor, which bounds the memory of a step for any number of channels and samples."""
+_CHUNK_VALUES = {"cpu": 2**19, "cuda": 2**21}
+"""Values per temporary tensor, which bounds the memory of a step for any number of channels and samples. A GPU takes
+few of them as long as many."""
 
 _COLUMNS = 2**13
 """Channels whose figures are computed at once: with a row for each replicate they fit into a CPU's cache."""
@@ -64,12 +66,74 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
+def _chunk_values(like: Tensor) -> int:
+    return _CHUNK_VALUES.get(like.device.type, _CHUNK_VALUES["cpu"])
+
+
 def by_layer(calls: Iterable[Slot]) -> dict[int, list[Slot]]:
     """The calls of each layer, by its index."""
     found: dict[int, list[Slot]] = {}
     for slot in calls:
         found.setdefault(slot[0], []).append(slot)
     return found
+
+
+@dataclass
+class _Waiting:
+    """Steps that wait to be added together: with the same calls on as many values.
+
+    Attributes:
+        values: Of each call its values per channel in a group.
+        columns: The channels of the calls.
+        groups: Of each micro-batch, where families group rows themselves: a row is a group.
+        samples: A row is a sample.
+        rows_per_batch: Rows of a micro-batch.
+        first: Number of the micro-batch that the first row belongs to.
+        moments: Mean and variance of each step, shape (rows, columns).
+        steps: The step of each row.
+    """
+
+    values: dict[Slot, int]
+    columns: Columns
+    groups: int | None
+    samples: bool
+    rows_per_batch: int
+    first: int
+    moments: list[Moments] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches that are whole."""
+        return len(self.steps) // self.rows_per_batch
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are so many rows that more would take memory and save little."""
+        eps = self.columns.eps
+        return len(self.steps) * eps.numel() > _chunk_values(eps) // 2
+
+    def add(self, records: Iterable[Recorded], step: int) -> int:
+        """Add a step; return the number of micro-batches that it makes whole."""
+        before = self.batches
+        means, variances = zip(*((record.mean, record.variance) for record in records), strict=True)
+        self.moments.append((torch.cat(means, 1), torch.cat(variances, 1)))
+        self.steps += [step] * means[0].shape[0]
+        return self.batches - before
+
+    def take(self) -> tuple[Tensor, Tensor, list[int]]:
+        """The mean and variance of the rows of whole micro-batches, and the step that completed each micro-batch.
+
+        The other rows wait for the next step with the same calls.
+        """
+        mean, variance = (torch.cat(parts) for parts in zip(*self.moments, strict=True))
+        whole = self.batches * self.rows_per_batch
+        completed = self.steps[self.rows_per_batch - 1 : whole : self.rows_per_batch]
+        self.first, self.steps, self.moments = self.first + self.batches, self.steps[whole:], []
+        if self.steps:
+            self.moments = [(mean[whole:].clone(), variance[whole:].clone())]
+            mean, variance = mean[:whole], variance[:whole]
+        return mean, variance, completed
 
 
 class PathEvidence:
@@ -89,13 +153,12 @@ class PathEvidence:
         self.batch_size, self.batches = batch_size, 0
         self._scope, self._share, self._steps = scope, share, 0
         self._table = CallTable()
-        self._statistics = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
-        self._columns: tuple[dict[Slot, int], Columns] | None = None
-        self._remainder: tuple[Calls, Tensor, Tensor] | None = None
+        self._gathered = {row.name: row(seed) for row in STATISTICS if scope in row.scopes}
+        self._waiting: dict[int | None, _Waiting] = {}
         self._known: dict[str, Any] = {}
 
     def add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
-        """Add one physical batch.
+        """Add one physical batch: at once, or together with others.
 
         Args:
             records: Of calls of layers with running statistics. All whose groups are micro-batches have the same unit:
@@ -106,25 +169,61 @@ class PathEvidence:
         self._known.clear()
         for groups in dict.fromkeys(record.groups for record in records.values()):
             chosen = {slot: record for slot, record in records.items() if record.groups == groups}
-            batches = self._add(chosen, layers, groups)
+            batches = self._waiting_for(chosen, layers, groups).add(chosen.values(), self._steps)
         if records:
             self.batches += batches
             self._steps += 1
+        # The first step by itself: the pool takes its origin from it, and what a statistic cannot take is seen at once.
+        if self._steps == 1 or any(waiting.is_full for waiting in self._waiting.values()):
+            self.settle()
 
-    def _add(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], groups: int | None) -> int:
-        """Add calls with the same number of groups per micro-batch; return the number of micro-batches."""
-        slots, first = tuple(records), next(iter(records.values()))
-        mean = torch.cat([record.mean for record in records.values()], 1)
-        variance = torch.cat([record.variance for record in records.values()], 1)
-        columns = self._columns_of(records, layers, mean)
-        if groups is None:
-            if first.unit == 1 and self._scope != "other sizes":  # a step may not fill micro-batches of these
-                self._add_samples(columns, mean, variance)
-            if first.unit != self.batch_size:
-                mean, variance = self._whole_batches(slots, mean, variance)
-        divided = groups or 1
-        positions = [self._share.position(self.batches + row) for row in range(mean.shape[0] // divided)]
-        rows = max(1, _CHUNK_VALUES // mean.shape[1] // divided) * divided
+    def settle(self) -> None:
+        """Add the steps that wait, together: many rows take no more operators than few. Whoever reads does it first."""
+        ready = [waiting for waiting in self._waiting.values() if waiting.batches]
+        if ready:
+            with deferred_interrupts():
+                for waiting in ready:
+                    self._add(waiting)
+
+    def _waiting_for(
+        self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], groups: int | None
+    ) -> _Waiting:
+        """What waits of these calls, which have the same number of groups per micro-batch."""
+        first, values = next(iter(records.values())), {slot: record.values for slot, record in records.items()}
+        rows = groups or self.batch_size // first.unit
+        waiting = self._waiting.get(groups)
+        if waiting is not None and (waiting.values, waiting.rows_per_batch) == (values, rows):
+            return waiting
+        self.settle()
+        for slot in records:
+            self._table.add(slot, layers[slot[0]].info.channels)
+        for statistic in self._gathered.values():
+            statistic.grow(self._table, first.mean.device)
+        columns = Columns.of(layers, values, self._table, first.mean.device)
+        found = _Waiting(values, columns, groups, groups is None and first.unit == 1, rows, self.batches)
+        if waiting is not None and (waiting.columns.slots, waiting.rows_per_batch) == (columns.slots, rows):
+            found.moments, found.steps = waiting.moments, waiting.steps
+        self._waiting[groups] = found
+        return found
+
+    @property
+    def _statistics(self) -> dict[str, Statistic]:
+        """The statistics, with all that was added."""
+        self.settle()
+        return self._gathered
+
+    def _add(self, waiting: _Waiting) -> None:
+        columns, first = waiting.columns, waiting.first
+        mean, variance, steps = waiting.take()
+        positions = [self._share.position(first + number) for number in range(len(steps))]
+        replicates = [position % REPLICATES for position in positions]
+        if waiting.groups is None:
+            if waiting.samples and self._scope != "other sizes":  # a step may not fill micro-batches of these
+                self._add_samples(columns, mean, variance, replicates, positions)
+            if waiting.rows_per_batch > 1:
+                mean, variance = pool_moments(mean, variance, waiting.rows_per_batch)
+        divided = waiting.groups or 1
+        at_once = max(1, _chunk_values(mean) // mean.shape[1] // divided)
         reference = (
             columns.mean,
             columns.variance,
@@ -135,13 +234,12 @@ class PathEvidence:
             columns.factor,
             columns.std_eps,
         )
-        for start in range(0, mean.shape[0], rows):
-            values = corrections(mean[start : start + rows], variance[start : start + rows], *reference)
-            here = positions[start // divided : (start + rows) // divided]
-            step = Step(columns, values, divided, self._steps, [position % REPLICATES for position in here])
-            for statistic in self._statistics.values():
+        for start in range(0, len(steps), at_once):
+            here, rows = slice(start, start + at_once), slice(start * divided, (start + at_once) * divided)
+            values = corrections(mean[rows], variance[rows], *reference)
+            step = Step(columns, values, divided, steps[here], replicates[here])
+            for statistic in self._gathered.values():
                 statistic.update(step)
-        return len(positions)
 
     def merge(self, other: PathEvidence) -> None:
         """Add what another process measured. Both are on the host."""
@@ -156,9 +254,8 @@ class PathEvidence:
     def on_host(self, *kinds: type[Statistic]) -> PathEvidence:
         """The same in host memory, without the samples that wait for the next step; of these statistics, or of all."""
         found, names = copy.copy(self), {kind.name for kind in kinds} or self._statistics.keys()
-        found._known = {}
-        found._statistics = {name: each.on_host() for name, each in self._statistics.items() if name in names}
-        found._columns = found._remainder = None
+        found._known, found._waiting = {}, {}
+        found._gathered = {name: each.on_host() for name, each in self._statistics.items() if name in names}
         return found
 
     def __getitem__(self, kind: type[S]) -> S:
@@ -255,38 +352,17 @@ class PathEvidence:
             self._known[kind.name] = self[kind].every(self._table)
         return self._known[kind.name]
 
-    def _columns_of(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], like: Tensor) -> Columns:
-        """The columns of a step; the last ones are cached, since most steps have the same calls on as many values."""
-        values = {slot: record.values for slot, record in records.items()}
-        if self._columns is None or self._columns[0] != values:
-            for slot in records:
-                self._table.add(slot, layers[slot[0]].info.channels)
-            for statistic in self._statistics.values():
-                statistic.grow(self._table, like.device)
-            self._columns = values, Columns.of(layers, values, self._table, like.device)
-        return self._columns[1]
-
-    def _add_samples(self, columns: Columns, mean: Tensor, variance: Tensor) -> None:
+    def _add_samples(
+        self, columns: Columns, mean: Tensor, variance: Tensor, replicates: Sequence[int], positions: Sequence[int]
+    ) -> None:
         """Add the samples of whole micro-batches, before the micro-batches are added."""
-        wanted = [statistic for statistic in self._statistics.values() if statistic.takes_samples]
+        wanted = [statistic for statistic in self._gathered.values() if statistic.takes_samples]
         if not wanted:
             return
         d, ratio = (mean - columns.mean) / columns.square_std.sqrt(), variance / columns.square_std
-        positions = [self._share.position(self.batches + row) for row in range(d.shape[0] // self.batch_size)]
-        replicates = [position % REPLICATES for position in positions]
         step = SampleStep(columns, d, ratio, self.batch_size, replicates, positions)
         for statistic in wanted:
             statistic.update_samples(step)
-
-    def _whole_batches(self, slots: Calls, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool consecutive samples; what does not fill a micro-batch waits for the next step with the same calls."""
-        if self._remainder is not None and self._remainder[0] == slots:
-            mean = torch.cat([self._remainder[1], mean])
-            variance = torch.cat([self._remainder[2], variance])
-        whole = mean.shape[0] // self.batch_size * self.batch_size
-        left = whole < mean.shape[0]
-        self._remainder = (slots, mean[whole:].clone(), variance[whole:].clone()) if left else None
-        return pool_moments(mean[:whole], variance[:whole], self.batch_size)
 
 
 def _no_layers() -> dict[PathName, set[int]]:

@@ -40,8 +40,9 @@ def moments_of_sums(parts: Sequence[RowSums], size: int, pooled: bool, floor: fl
     bounds: tuple[Tensor, Tensor] | None = None
     if looked_at:
         kinds = tuple((part.positions, part.mean.dtype) for part in parts)
-        per_position, minus, bounds = _by_column(kinds, widths, floor, mean.device)
-        variance.mul_(per_position).addcmul_(mean * minus, mean, value=-1).clamp_min_(0.0)
+        per_position, centre, bounds = _by_column(kinds, widths, floor, mean.device)
+        centred = mean if centre is None else mean * centre
+        variance.mul_(per_position).addcmul_(centred, mean, value=-1).clamp_min_(0.0)
     whole = (mean, variance) if size == 1 else pool_moments(mean, variance, size)
     uncertain = [] if bounds is None else _uncertain(*whole, *bounds, widths)
     mean, variance = whole if pooled else (mean, variance)
@@ -60,9 +61,10 @@ def _uncertain(mean: Tensor, variance: Tensor, limits: Tensor, offset: Tensor, w
 @functools.lru_cache(maxsize=64)
 def _by_column(
     kinds: tuple[tuple[int | None, torch.dtype], ...], widths: tuple[int, ...], floor: float, device: torch.device
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The part of a position in the sums; whether the squared mean is to be subtracted; the squared mean over the
-    variance up to which the difference is exact; and the squared mean, negative, that is exact whatever the variance.
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+    """The part of a position in the sums; whether the squared mean is to be subtracted (None: everywhere); the squared
+    mean over the variance up to which the difference is exact; and the squared mean, negative, that is exact whatever
+    the variance.
     """
     rows = [
         [1 / (positions or 1) for positions, _ in kinds],
@@ -71,5 +73,6 @@ def _by_column(
     ]
     with torch.inference_mode(False):
         values = torch.tensor(rows, dtype=torch.float64, device=device)
-        part, minus, limits = values.repeat_interleave(torch.tensor(widths, device=device), 1)
-        return part, minus, (limits, -floor * limits)
+        part, centre, limits = values.repeat_interleave(torch.tensor(widths, device=device), 1)
+        everywhere = all(positions is not None for positions, _ in kinds)
+        return part, None if everywhere else centre, (limits, -floor * limits)

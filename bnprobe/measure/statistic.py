@@ -202,14 +202,14 @@ class Step:
         columns: What the columns of ``values`` are.
         values: r, d, D and the like of each group, shape (micro-batches * groups, columns).
         groups: Groups of rows that a micro-batch divides into: 1 but for norm families that group rows themselves.
-        number: Of the physical batch, from 0.
+        numbers: Of the physical batch that each micro-batch ended in, from 0.
         replicates: The replicate of each micro-batch (see ``stats.intervals``).
     """
 
     columns: Columns
     values: Corrections
     groups: int
-    number: int
+    numbers: Sequence[int]
     replicates: Sequence[int]
 
     def per_call(self, values: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ class Axis:
     def index(self, values: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Fine bin of each value; NaN goes to bin 0."""
         scaled = torch.log2(values) if self.scale == "log2" else _asinh(values / D_UNIT)
-        position = (scaled / (self.half_width * self.reach) + 1.0) * (self.bins / 2)
-        return position.nan_to_num(0.0).clamp(0, self.bins - 1).long()
+        middle = self.bins / 2
+        position = scaled.mul_(middle / (self.half_width * self.reach)).add_(middle)
+        return position.nan_to_num_(0.0).clamp_(0, self.bins - 1).long()
 
     def unscale(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values at positions on the scaled axis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +110,9 @@ def group_sums(x: Float[Tensor, "rows channels *space"], size: int) -> RowSums:
 def _cpu_moments(x: Tensor, floor: float) -> Moments:
     mean, variance = _fast_moments(x)
     limit = RELATIVE_ERROR / torch.finfo(wide(x.dtype)).eps
-    certain = (mean.square() <= limit * (variance + floor)).all() & (variance.sum() < torch.inf)
-    return (mean, variance) if bool(certain) else _careful_moments(x, mean, variance, limit, floor)
+    lowest, highest = torch.stack(mean.square().sub_(variance, alpha=limit).aminmax()).tolist()
+    certain = -math.inf < lowest and highest <= limit * floor  # neither is so of NaN
+    return (mean, variance) if certain else _careful_moments(x, mean, variance, limit, floor)
 
 
 def _careful_moments(x: Tensor, mean: Tensor, variance: Tensor, limit: float, floor: float) -> Moments:
@@ -135,7 +137,7 @@ def _careful_moments(x: Tensor, mean: Tensor, variance: Tensor, limit: float, fl
 def _fast_moments(x: Tensor) -> Moments:
     sums = row_sums(x)
     mean = sums.mean.double()
-    return mean, sums.squares.double().div_(x.shape[2:].numel()).sub_(mean.square()).clamp_min_(0.0)
+    return mean, sums.squares.double().div_(x.shape[2:].numel()).addcmul_(mean, mean, value=-1).clamp_min_(0.0)
 
 
 def _square_sums(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -234,6 +234,36 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches() -> None:
     before = held(path)
     add(path, (layer,), ((0, 0),), *statistics(1000, 2))
     assert held(path) == before
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 2**19])
+def test_steps_wait_for_each_other_as_long_as_they_are_small(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is less than a chunk beside the last step, and a look in between changes nothing."""
+    monkeypatch.setattr("bnprobe.measure.evidence._CHUNK_VALUES", {"cpu": chunk})
+    both, slots = layers(3, 2), ((0, 0), (1, 0), (1, 1))
+    mean, variance = statistics(40, 7)
+    whole, parts, looked_at = add(new(), both, slots, mean, variance), new(), new()
+    for number, (means, variances) in enumerate(zip(mean.split(2), variance.split(2), strict=True)):
+        add(parts, both, slots, means, variances)
+        add(looked_at, both, slots, means, variances)
+        assert sum(means.numel() for waiting in parts._waiting.values() for means, _ in waiting.moments) <= chunk
+        if number % 3 == 0:
+            assert looked_at.mismatch(slots[2]).count == looked_at.batches == 2 * (number + 1)
+    assert_same(parts, whole)
+    assert_same(looked_at, whole)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_images_left_over_stay_while_the_sizes_of_inputs_change(size: int) -> None:
+    (layer,) = layers(2)
+    mean, variance = statistics(10, 2)
+    path = PathEvidence("other sizes", size)
+    for values, means, variances in zip((8, 4, 4, 8, 8), mean.split(2), variance.split(2), strict=True):
+        path.add({(0, 0): replace(record(means, variances, unit=1), values=values)}, (layer,))
+    whole = 10 // size * size
+    expected = add(new(size), (layer,), ((0, 0),), *pool_moments(mean[:whole], variance[:whole], size))
+    assert path.batches == path.mismatch((0, 0)).count == 10 // size
+    assert path.mismatch((0, 0)).total == pytest.approx(expected.mismatch((0, 0)).total, rel=1e-12)
 
 
 def test_memory_does_not_grow_with_the_ways_in_which_layers_are_called() -> None:
