@@ -34,7 +34,10 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "self-check": ("bnprobe.measure.scan_loop:plan_batching", "bnprobe.measure.measurement:Measurement._check"),
     "passes of the paths": ("bnprobe.measure.measurement:Measurement._forward",),
     "comparison of outputs": ("bnprobe.measure.outputs:OutputSums.measure",),
-    "sums over micro-batches": ("bnprobe.measure.evidence:Evidence.add",),
+    "sums over micro-batches": (
+        "bnprobe.measure.evidence:Evidence.add",
+        "bnprobe.measure.evidence:PathEvidence.settle",
+    ),
     "shares and regrouping": ("bnprobe.commands.scan:assemble",),
     "impact": ("bnprobe.measure.further:_measure_impacts", "bnprobe.commands.scan:joint_impacts"),
     "remedies": ("bnprobe.measure.further:_try_remedies",),

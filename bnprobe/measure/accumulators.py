@@ -134,15 +134,14 @@ class CorrectionValues(Statistic):
         self.declare("high", "max", per="channel")
         self.declare("histogram", "sum", shape=(self.axis.bins,), dtype=torch.int64)
 
-    def add(self, columns: Columns, values: Tensor, clipped: Tensor) -> None:
-        """Add values of shape (groups, columns)."""
+    def add(self, columns: Columns, values: Tensor, squares: Tensor, clipped: Tensor) -> None:
+        """Add values, their squares, and whether they are clipped; shapes (groups, columns)."""
         channel = columns.channel
         self.accumulate("total", channel, values.sum(0))
-        self.accumulate("square", channel, values.square().sum(0))
+        self.accumulate("square", channel, squares.sum(0))
         self.accumulate("clipped", channel, clipped.sum(0, dtype=torch.float64))
-        low, high = values.aminmax(dim=0)
-        self.accumulate("low", channel, low)
-        self.accumulate("high", channel, high)
+        self.accumulate("low", channel, values.amin(0))
+        self.accumulate("high", channel, values.amax(0))
         bins = self.axis.index(values).add_(columns.state_of_column, alpha=self.axis.bins).flatten()
         self["histogram"].view(-1).index_add_(0, bins, torch.ones_like(bins))
 
@@ -171,7 +170,7 @@ class CorrectionR(CorrectionValues):
 
     def update(self, step: Step) -> None:
         r = step.values.r
-        self.add(step.columns, r, (r > R_MAX) | (r < 1 / R_MAX))
+        self.add(step.columns, r, r.square(), (r > R_MAX) | (r < 1 / R_MAX))
 
 
 class CorrectionD(CorrectionValues):
@@ -182,7 +181,7 @@ class CorrectionD(CorrectionValues):
 
     def update(self, step: Step) -> None:
         d = step.values.d
-        self.add(step.columns, d, d.abs() > D_MAX)
+        self.add(step.columns, d, step.values.d_squared, d.abs() > D_MAX)
 
 
 class MismatchSums(Statistic):
@@ -206,7 +205,7 @@ class MismatchSums(Statistic):
         columns, replicate = step.columns, step.replicate_of_row
         counts = [float(step.groups * step.replicates.count(number)) for number in range(REPLICATES)]
         self.accumulate("counts", columns.call, columns.eps.new_tensor(counts).expand(columns.call.numel(), -1))
-        self.accumulate("eps", columns.channel, columns.eps / columns.square_std)
+        self.accumulate("eps", columns.channel, columns.relative_eps)
         for name, summand in summands(step.values, columns.bessel).items():
             self._add_rows(name, columns, replicate, summand)
 
@@ -275,13 +274,18 @@ class SamplePool(Statistic):
         chosen = self._choose(numbers)
         if not chosen:
             return
-        places = torch.tensor(list(chosen), device=step.mean.device)
-        rows = torch.tensor(list(chosen.values()), device=step.mean.device)
         for place, row in chosen.items():
             self.replicate[place], self.number[place] = step.replicates[row // size], numbers[row]
+        places, rows = list(chosen), list(chosen.values())
+        first, count = places[0], len(places)
+        if rows == list(range(count)) and places == list(range(first, first + count)):  # while there are free places
+            torch.sub(step.mean[:count], self.origin, out=self.mean[first : first + count])
+            self.variance[first : first + count] = step.variance[:count]
+            return
+        to, of = (torch.tensor(each, device=step.mean.device) for each in (places, rows))
         # index_copy_ moves whole rows, where an assignment by index goes value by value
-        self.mean.index_copy_(0, places, (step.mean.index_select(0, rows) - self.origin).float())
-        self.variance.index_copy_(0, places, step.variance.index_select(0, rows).float())
+        self.mean.index_copy_(0, to, (step.mean.index_select(0, of) - self.origin).float())
+        self.variance.index_copy_(0, to, step.variance.index_select(0, of).float())
 
     def merge(self, other: Statistic, table: CallTable, other_table: CallTable) -> None:
         """Where two processes fill the same place, keep the later sample."""

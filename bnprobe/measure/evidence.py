@@ -190,7 +190,7 @@ class PathEvidence:
     ) -> _Waiting:
         """What waits of these calls, which have the same number of groups per micro-batch."""
         first, values = next(iter(records.values())), {slot: record.values for slot, record in records.items()}
-        rows = groups or self.batch_size // first.unit
+        rows = groups or (self.batch_size if first.unit == 1 else 1)
         waiting = self._waiting.get(groups)
         if waiting is not None and (waiting.values, waiting.rows_per_batch) == (values, rows):
             return waiting

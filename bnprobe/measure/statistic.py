@@ -177,12 +177,24 @@ class Columns:
         return self.call[self.call_of_column]
 
     @cached_property
+    def segments(self) -> Segments:
+        """Which columns are those of which call, in host memory."""
+        return Segments(self.channels.cpu())
+
+    @cached_property
     def square_std(self) -> Tensor:
         """Running variance plus eps, shape (columns,)."""
         return self.variance + self.eps
 
+    @cached_property
+    def relative_eps(self) -> Tensor:
+        """Eps over (running variance + eps), shape (columns,)."""
+        return self.eps / self.square_std
+
     def per_call(self, values: Tensor) -> Tensor:
         """Mean over the channels of each call, shape (rows, calls)."""
+        if values.device.type == "cpu":
+            return self.segments.mean(values)
         total = values.new_zeros(values.shape[0], len(self.slots)).index_add_(1, self.call_of_column, values)
         return total / self.channels
 

@@ -53,7 +53,7 @@ def summands(values: Corrections, bessel: Float[Tensor, " channels"]) -> dict[st
     variance = rho_r * values.r
     return {
         "d": values.d,
-        "d_squared": values.d.square(),
+        "d_squared": values.d_squared,
         "rho": values.rho,
         "rho_r": rho_r,
         "variance": variance,

@@ -185,13 +185,14 @@ def bessel(values: int) -> float:
 
 @dataclass(frozen=True)
 class Corrections:
-    """r, d, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64.
+    """r, d, d^2, rho = v_B / (v_B + eps) and D per micro-batch and channel, float64.
 
     ``r_clipped`` and ``d_clipped`` are the corrections that the layer itself applies in training: 1 and 0 for BN.
     """
 
     r: Float[Tensor, "batches channels"]
     d: Float[Tensor, "batches channels"]
+    d_squared: Float[Tensor, "batches channels"]
     rho: Float[Tensor, "batches channels"]
     mismatch: Float[Tensor, "batches channels"]
     r_clipped: Float[Tensor, "batches channels"]
@@ -236,15 +237,16 @@ def corrections(
     running_std = (running_variance + eps).sqrt()
     squared = batch_variance if factor is None else batch_variance * factor
     squared = squared + (eps if std_eps is None else torch.where(std_eps > 0, eps_of_std(squared, std_eps), eps))
-    r = squared.sqrt() / running_std
-    d = (batch_mean - running_mean) / running_std
-    rho = batch_variance / squared
-    r_clipped = torch.ones_like(r) if r_max is None else r.clamp(1 / r_max, r_max)
-    d_clipped = torch.zeros_like(d) if d_max is None else d.clamp(-d_max, d_max)
+    r = squared.sqrt().div_(running_std)
+    d = (batch_mean - running_mean).div_(running_std)
+    rho, d_squared = batch_variance / squared, d.square()
+    r_clipped = r.new_ones(()).expand_as(r) if r_max is None else r.clamp(1 / r_max, r_max)
+    d_clipped = d.new_zeros(()).expand_as(d) if d_max is None else d.clamp(-d_max, d_max)
     if gate is not None:
         r_clipped, d_clipped = r_clipped + gate * (1 - r_clipped), d_clipped - gate * d_clipped
-    mismatch = (d - d_clipped).square() + rho * (r - r_clipped).square()
-    return Corrections(r, d, rho, mismatch, r_clipped, d_clipped)
+    left = d_squared if d_max is None else (d - d_clipped).square_()
+    mismatch = (r - r_clipped).square_().mul_(rho).add_(left)
+    return Corrections(r, d, d_squared, rho, mismatch, r_clipped, d_clipped)
 
 
 def statistics_distance(

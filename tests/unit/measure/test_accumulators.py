@@ -253,6 +253,15 @@ def test_steps_wait_for_each_other_as_long_as_they_are_small(chunk: int, monkeyp
     assert_same(looked_at, whole)
 
 
+def test_micro_batches_whose_samples_are_not_told_apart_count_where_samples_are_counted() -> None:
+    """On held-out data that runs in real micro-batches."""
+    (layer,) = layers(2)
+    mean, variance = statistics(4, 2)
+    path = PathEvidence("held-out", 1)
+    path.add({(0, 0): record(mean, variance, unit=3)}, (layer,))
+    assert path.batches == path.mismatch((0, 0)).count == 4
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_images_left_over_stay_while_the_sizes_of_inputs_change(size: int) -> None:
     (layer,) = layers(2)
