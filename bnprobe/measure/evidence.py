@@ -167,6 +167,8 @@ class PathEvidence:
         """
         batches = 0
         self._known.clear()
+        if not records.keys() <= self._table.calls.keys():
+            self._make_room(records, layers)
         for groups in dict.fromkeys(record.groups for record in records.values()):
             chosen = {slot: record for slot, record in records.items() if record.groups == groups}
             batches = self._waiting_for(chosen, layers, groups).add(chosen.values(), self._steps)
@@ -185,20 +187,27 @@ class PathEvidence:
                 for waiting in ready:
                     self._add(waiting)
 
+    def _make_room(self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...]) -> None:
+        """For calls that were not seen before; the columns of those that wait may stand elsewhere then."""
+        self.settle()
+        for slot in records:
+            self._table.add(slot, layers[slot[0]].info.channels)
+        device = next(iter(records.values())).mean.device
+        for statistic in self._gathered.values():
+            statistic.grow(self._table, device)
+        for waiting in self._waiting.values():
+            waiting.columns = Columns.of(layers, waiting.values, self._table, device)
+
     def _waiting_for(
         self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], groups: int | None
     ) -> _Waiting:
-        """What waits of these calls, which have the same number of groups per micro-batch."""
+        """What waits of these calls, which have the same number of groups per micro-batch, and are in the table."""
         first, values = next(iter(records.values())), {slot: record.values for slot, record in records.items()}
         rows = groups or (self.batch_size if first.unit == 1 else 1)
         waiting = self._waiting.get(groups)
         if waiting is not None and (waiting.values, waiting.rows_per_batch) == (values, rows):
             return waiting
         self.settle()
-        for slot in records:
-            self._table.add(slot, layers[slot[0]].info.channels)
-        for statistic in self._gathered.values():
-            statistic.grow(self._table, first.mean.device)
         columns = Columns.of(layers, values, self._table, first.mean.device)
         found = _Waiting(values, columns, groups, groups is None and first.unit == 1, rows, self.batches)
         if waiting is not None and (waiting.columns.slots, waiting.rows_per_batch) == (columns.slots, rows):

@@ -299,6 +299,24 @@ def test_a_call_that_first_comes_later_finds_room() -> None:
     torch.testing.assert_close(asdict(path.moments([(0, 0)])), asdict(whole.moments([(0, 0)])), rtol=1e-12, atol=1e-12)
 
 
+def test_calls_that_wait_while_another_is_first_seen() -> None:
+    """Of two kinds, one of which divides micro-batches into groups: each waits by itself."""
+    both, (mean, variance) = layers(3, 2), statistics(12, 5)
+    path, whole = new(), new()
+
+    def step(rows: slice, *, two: bool) -> dict[Slot, Recorded]:
+        plain = record(mean[rows, :3], variance[rows, :3], unit=4)
+        halves = record(mean[rows, 3:].repeat_interleave(2, 0), variance[rows, 3:].repeat_interleave(2, 0), unit=4)
+        return {(0, 0): plain} | ({(1, 0): replace(halves, groups=2)} if two else {})
+
+    for start in range(0, 12, 2):
+        path.add(step(slice(start, start + 2), two=start >= 4), both)
+    whole.add(step(slice(0, 4), two=False), both)
+    whole.add(step(slice(4, 12), two=True), both)
+    assert (path.mismatch((0, 0)).count, path.mismatch((1, 0)).count) == (12, 8)
+    assert_same(path, whole)
+
+
 class LargestMean(Statistic):
     """From outside the package: the largest batch mean, in running standard deviations, and its channel."""
 
