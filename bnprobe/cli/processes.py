@@ -96,22 +96,34 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def _importing_torch() -> Iterator[None]:
-    """Collect no garbage meanwhile, since torch makes hundreds of thousands of objects, which stay.
-
-    Nor are these looked through ever after: that took a sixth of the time of a first scan, and a quarter of a second at
-    its end.
-    """
     _share_processors()
-    collects = gc.isenabled() and "torch" not in sys.modules
-    if collects:
-        gc.disable()
+    collect_no_garbage()
     try:
         yield
-        if collects:
-            gc.freeze()
     finally:
-        if collects:
-            gc.enable()
+        collect_garbage()
+
+
+def collect_no_garbage() -> None:
+    """Until the work begins: what is imported makes hundreds of thousands of objects, which stay."""
+    if gc.isenabled() and "torch" not in sys.modules:
+        gc.disable()
+        _paused.append(True)
+
+
+def collect_garbage() -> None:
+    """Collect garbage again, and never look through what there is by now.
+
+    To look through torch took a sixth of the time of a first scan, and a quarter of a second at its end; at the end of
+    a command that only prints something it took longer than all else that ends.
+    """
+    if _paused:
+        _paused.clear()
+        gc.freeze()
+        gc.enable()
+
+
+_paused: list[bool] = []
 
 
 def _share_processors() -> None:

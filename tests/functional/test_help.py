@@ -22,6 +22,23 @@ except SystemExit as end:
     sys.exit(end.code)
 """
 
+COLLECTIONS = """
+import gc
+import sys
+
+from bnprobe.__main__ import main
+
+def collections():
+    return sum(each["collections"] for each in gc.get_stats())
+
+before = collections()
+try:
+    main()
+except SystemExit as end:
+    print(collections() - before, gc.isenabled(), gc.get_freeze_count() > 0, file=sys.stderr)
+    sys.exit(end.code)
+"""
+
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["scan", "--help"], ["sweep", "--help"], ["init", "-h"]], ids=" ".join
@@ -32,6 +49,12 @@ def test_help_imports_nothing_slow(workspace: Workspace, arguments: list[str]) -
     assert found.code == CLEAN
     assert "bnprobe.cli.scan" in imported
     assert HEAVY.isdisjoint(imported)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["--version"]], ids=" ".join)
+def test_help_looks_for_no_garbage(workspace: Workspace, arguments: list[str]) -> None:
+    found = workspace.call(sys.executable, "-c", COLLECTIONS, *arguments)
+    assert (found.code, found.stderr) == (CLEAN, "0 True True\n")
 
 
 def test_a_lint_imports_little_beside_torch(workspace: Workspace) -> None:

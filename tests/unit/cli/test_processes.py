@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import bnprobe.distributed  # noqa: F401 (what imports torch in a launch)
-from bnprobe.cli.processes import importing, run_together
+from bnprobe.cli.processes import collect_garbage, collect_no_garbage, importing, run_together
 
 
 @pytest.fixture
@@ -39,6 +39,29 @@ def test_nor_is_what_a_process_of_a_launch_imports_to_join_it(monkeypatch: pytes
         run_together(lambda ends: frozen.append(gc.get_freeze_count()))
     assert frozen[0] > 0
     assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("_without_torch")
+def test_no_garbage_is_looked_for_until_the_work_begins() -> None:
+    collect_no_garbage()
+    assert not gc.isenabled()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    collect_garbage()
+    assert gc.get_freeze_count() == frozen
+
+
+@pytest.mark.usefixtures("_without_torch")
+def test_a_process_that_collects_no_garbage_is_left_as_it_is() -> None:
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("_without_torch")
