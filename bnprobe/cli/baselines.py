@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from bnprobe.errors import UsageError
 from bnprobe.records import Baseline, LintReport, Report
-from bnprobe.report.json import dump, read_as
 
 if TYPE_CHECKING:
     from bnprobe.cli.delivery import Delivery
@@ -29,7 +28,11 @@ class Baselines:
 
     def __init__(self, known: Path | None, written: Path | None) -> None:
         self._path = known
-        self._known: Baseline | None = None if known is None else read_as(known, Baseline)
+        self._known: Baseline | None = None
+        if known is not None:
+            from bnprobe.report.json import read_as
+
+            self._known = read_as(known, Baseline)
         self.written = [] if written is None else [written]
 
     @property
@@ -53,12 +56,13 @@ class Baselines:
         Raises:
             UsageError: The baseline is of something else, or the scan ended early; the report was delivered without it.
         """
-        from bnprobe.analysis.baseline import baseline_of, compare
-
         if self._known is None and not self.written:
             if delivery is not None:
                 delivery.deliver(report)
             return report
+        from bnprobe.analysis.baseline import baseline_of, compare
+        from bnprobe.report.json import dump
+
         found = baseline_of(report, narrowed)
         path = self._path or self.written[0]
         try:

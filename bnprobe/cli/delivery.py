@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from bnprobe.cli.console import ci_folder, print_report, typed_command
 from bnprobe.cli.options import TERMINAL
@@ -14,10 +14,12 @@ from bnprobe.errors import OutputError, UsageError
 from bnprobe.files import make_folder, refuse_input, require_folder, require_new, write_all
 from bnprobe.paths import is_folder, is_special, placed, real
 from bnprobe.printable import escaped_lines
-from bnprobe.records import Report, SweepReport
 from bnprobe.report import FORMATS, Renderer, RenderOptions, renderer
 
-_Scanned = TypeVar("_Scanned", Report, SweepReport)
+if TYPE_CHECKING:
+    from bnprobe.records import Report, SweepReport
+
+_Scanned = TypeVar("_Scanned", "Report", "SweepReport")
 
 STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 """Names of stdout among files."""

@@ -6,6 +6,9 @@ without an upper end, an eval path that overflowed) is None, never NaN.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from bnprobe.records.base import (
     MEASURES,
     OMITTED_WHEN_EMPTY,
@@ -28,9 +31,7 @@ from bnprobe.records.baseline import (
     BaselineState,
     KnownFinding,
 )
-from bnprobe.records.comparison import ComparedScan, Comparison, LayerPoint, LayerTrend, Trend
 from bnprobe.records.document import Document, Plotted, Tabular
-from bnprobe.records.drift import ChannelDrift, DriftReport, LayerDrift, Profile, ProfiledLayer
 from bnprobe.records.findings import (
     EXEMPT,
     FREE_REMEDIES,
@@ -42,7 +43,6 @@ from bnprobe.records.findings import (
     Severity,
     Verdict,
 )
-from bnprobe.records.lab import Claim, ClaimVerdict, LabChart, LabReport, LabSeries, LabTable, Setting, Trial
 from bnprobe.records.layers import (
     DEFAULT_THRESHOLD,
     FROZEN,
@@ -64,16 +64,6 @@ from bnprobe.records.layers import (
     Source,
     Updates,
 )
-from bnprobe.records.monitor import (
-    RECALIBRATE,
-    UNDO,
-    LayerSample,
-    ModeLoss,
-    MonitorChange,
-    MonitorFinding,
-    MonitorLog,
-    MonitorSample,
-)
 from bnprobe.records.outputs import Chance, ChanceValues, Gap, GradientAngle, Output, PathValues
 from bnprobe.records.repair import (
     Arm,
@@ -94,25 +84,40 @@ from bnprobe.records.repair import (
     Verification,
 )
 from bnprobe.records.scan import ExtraPass, LintReport, Pool, Report, Scan, SelfCheck, StopReason, Summary
-from bnprobe.records.sweep import (
-    BestRates,
-    MomentumCurve,
-    MomentumPoint,
-    MomentumSweep,
-    Smallest,
-    SweepLayer,
-    SweepPoint,
-    SweepReport,
-    Tracking,
-)
-from bnprobe.records.table import (
-    SkippedFeature,
-    TableAdjustment,
-    TableBatch,
-    TableFeature,
-    TableProjection,
-    TableReport,
-)
+
+if TYPE_CHECKING:
+    from bnprobe.records.comparison import ComparedScan, Comparison, LayerPoint, LayerTrend, Trend
+    from bnprobe.records.drift import ChannelDrift, DriftReport, LayerDrift, Profile, ProfiledLayer
+    from bnprobe.records.lab import Claim, ClaimVerdict, LabChart, LabReport, LabSeries, LabTable, Setting, Trial
+    from bnprobe.records.monitor import (
+        RECALIBRATE,
+        UNDO,
+        LayerSample,
+        ModeLoss,
+        MonitorChange,
+        MonitorFinding,
+        MonitorLog,
+        MonitorSample,
+    )
+    from bnprobe.records.sweep import (
+        BestRates,
+        MomentumCurve,
+        MomentumPoint,
+        MomentumSweep,
+        Smallest,
+        SweepLayer,
+        SweepPoint,
+        SweepReport,
+        Tracking,
+    )
+    from bnprobe.records.table import (
+        SkippedFeature,
+        TableAdjustment,
+        TableBatch,
+        TableFeature,
+        TableProjection,
+        TableReport,
+    )
 
 __all__ = [
     "BASELINE_STATES",
@@ -236,3 +241,16 @@ __all__ = [
     "Verification",
     "leading",
 ]
+
+_OF_FEW_COMMANDS = ("comparison", "drift", "lab", "monitor", "sweep", "table")
+"""Modules whose records are made when one is asked for: to make them takes as long as to make those of a scan."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """A record of few commands."""
+        for module in _OF_FEW_COMMANDS if name in __all__ else ():
+            found = vars(import_module(f"{__name__}.{module}"))
+            if name in found:
+                return found[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,86 +2,53 @@
 
 A format is one row of `FORMATS`: its name, and one function for each document that it supports. Another package adds
 one through the entry-point group ``bnprobe.formats``; see docs/extending.md.
+
+Functions and documents are named here, and imported when they are called for: a command needs one or two of forty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from bnprobe.errors import UsageError
-from bnprobe.records import (
-    Comparison,
-    DriftReport,
-    ExportReport,
-    LabReport,
-    LintReport,
-    MonitorLog,
-    Plan,
-    Profile,
-    Report,
-    SweepReport,
-    TableReport,
-    Verification,
-)
 from bnprobe.registry import Registry, require
-from bnprobe.report import (
-    batch_effects,
-    compare,
-    csv,
-    drift,
-    export,
-    github,
-    html,
-    json,
-    junit,
-    lab,
-    lint,
-    markdown,
-    plan,
-    repair,
-    sarif,
-    screen,
-    sweep,
-    verify,
-    watch,
-)
 from bnprobe.report.page import RenderOptions
-from bnprobe.report.repair import RepairReport
 
 Renderer = Callable[[Any, RenderOptions], str]
 """A pure function from a document to text that ends with a newline."""
 
 
-DOCUMENTS: Mapping[type, str] = {
-    Report: "the report of a scan",
-    LintReport: "the report of a lint",
-    SweepReport: "the report of a sweep",
-    Plan: "the plan of a conversion",
-    RepairReport: "the record of a repair",
-    Verification: "the report of a verification",
-    ExportReport: "the report of an export",
-    Comparison: "the comparison of scans",
-    Profile: "a profile",
-    DriftReport: "the report of drift",
-    MonitorLog: "the log of a monitor",
-    TableReport: "the report of a table",
-    LabReport: "the results of an experiment",
+DOCUMENTS: Mapping[str, str] = {
+    "Report": "the report of a scan",
+    "LintReport": "the report of a lint",
+    "SweepReport": "the report of a sweep",
+    "Plan": "the plan of a conversion",
+    "RepairReport": "the record of a repair",
+    "Verification": "the report of a verification",
+    "ExportReport": "the report of an export",
+    "Comparison": "the comparison of scans",
+    "Profile": "a profile",
+    "DriftReport": "the report of drift",
+    "MonitorLog": "the log of a monitor",
+    "TableReport": "the report of a table",
+    "LabReport": "the results of an experiment",
 }
-"""What there is to render, and what messages call it."""
+"""What there is to render, by the name of its type, and what messages call it."""
 
-OF_COMMANDS: Mapping[str, tuple[type, ...]] = {
-    "scan": (Report,),
-    "lint": (LintReport,),
-    "sweep": (SweepReport,),
-    "convert": (Plan, RepairReport),
-    "recalibrate": (RepairReport,),
-    "verify": (Verification,),
-    "export": (ExportReport,),
-    "compare": (Comparison,),
-    "drift": (DriftReport,),
-    "table": (TableReport,),
+OF_COMMANDS: Mapping[str, tuple[str, ...]] = {
+    "scan": ("Report",),
+    "lint": ("LintReport",),
+    "sweep": ("SweepReport",),
+    "convert": ("Plan", "RepairReport"),
+    "recalibrate": ("RepairReport",),
+    "verify": ("Verification",),
+    "export": ("ExportReport",),
+    "compare": ("Comparison",),
+    "drift": ("DriftReport",),
+    "table": ("TableReport",),
 }
 """What the commands give to render; ``bnprobe show`` renders all."""
 
@@ -92,7 +59,8 @@ class Format:
 
     Attributes:
         name: As in ``--format``.
-        renderers: The function for each type of document that it supports, of `DOCUMENTS`.
+        renderers: The function for each type of document that it supports, of `DOCUMENTS`; or by the names of types
+            where the functions are, as ``"package.module:FUNCTION"``.
         package: What must be installed for it, as it is imported; empty: nothing beyond bnprobe.
         extra: The extra of bnprobe that installs the package.
         opens: What opens its files, e.g. "a browser"; empty: they are text, which a terminal shows.
@@ -100,7 +68,7 @@ class Format:
     """
 
     name: str
-    renderers: Mapping[type, Renderer]
+    renderers: Mapping[type, Renderer] | Mapping[str, str]
     package: str = ""
     extra: str = ""
     opens: str = ""
@@ -111,9 +79,24 @@ class Format:
         """How the names of its files end."""
         return self.suffix or f".{self.name}"
 
+    @property
+    def documents(self) -> list[str]:
+        """Names of the types of document that it supports."""
+        return [kind if isinstance(kind, str) else kind.__name__ for kind in self.renderers]
 
-def _json(document: Any, options: RenderOptions) -> str:
-    return json.dump(document, ascii_only=not options.unicode)
+    def renderer(self, document: str) -> Renderer:
+        """Its function for the documents of a type that it supports."""
+        found: Any = dict(zip(self.documents, self.renderers.values(), strict=True))[document]
+        if isinstance(found, str):
+            module, _, function = found.partition(":")
+            found = getattr(import_module(module), function)
+        renderer: Renderer = found
+        return renderer
+
+
+def _own(**functions: str) -> dict[str, str]:
+    """Functions of this package for documents."""
+    return {document: f"{__name__}.{function}" for document, function in functions.items()}
 
 
 FORMATS: Registry[Format] = Registry(
@@ -121,81 +104,83 @@ FORMATS: Registry[Format] = Registry(
     [
         Format(
             "terminal",
-            {
-                Report: screen.render,
-                LintReport: lint.render,
-                SweepReport: sweep.render,
-                Plan: plan.render,
-                RepairReport: repair.render,
-                Verification: verify.render,
-                ExportReport: export.render,
-                Comparison: compare.render,
-                Profile: drift.render_profile,
-                DriftReport: drift.render,
-                MonitorLog: watch.render,
-                TableReport: batch_effects.render,
-                LabReport: lab.render,
-            },
+            _own(
+                Report="screen:render",
+                LintReport="lint:render",
+                SweepReport="sweep:render",
+                Plan="plan:render",
+                RepairReport="repair:render",
+                Verification="verify:render",
+                ExportReport="export:render",
+                Comparison="compare:render",
+                Profile="drift:render_profile",
+                DriftReport="drift:render",
+                MonitorLog="watch:render",
+                TableReport="batch_effects:render",
+                LabReport="lab:render",
+            ),
             suffix=".txt",
         ),
         Format(
             "json",
-            {
-                **dict.fromkeys(DOCUMENTS, _json),
-                RepairReport: repair.render_json,
-                ExportReport: export.render_json,
-                MonitorLog: watch.render_json,
-            },
+            _own(
+                **dict.fromkeys(DOCUMENTS, "json:render")
+                | {
+                    "RepairReport": "repair:render_json",
+                    "ExportReport": "export:render_json",
+                    "MonitorLog": "watch:render_json",
+                }
+            ),
         ),
         Format(
             "html",
-            {
-                Report: html.render_scan,
-                SweepReport: html.render_sweep,
-                RepairReport: html.render_repair,
-                Verification: html.render_verification,
-                MonitorLog: html.render_log,
-                TableReport: html.render_table,
-                LabReport: html.render_lab,
-            },
+            _own(
+                Report="html:render_scan",
+                SweepReport="html:render_sweep",
+                RepairReport="html:render_repair",
+                Verification="html:render_verification",
+                MonitorLog="html:render_log",
+                TableReport="html:render_table",
+                LabReport="html:render_lab",
+            ),
             package="vl_convert",
             extra="html",
             opens="a browser",
         ),
         Format(
             "junit",
-            {Report: junit.render, LintReport: junit.render, Verification: junit.render_verify},
+            _own(Report="junit:render", LintReport="junit:render", Verification="junit:render_verify"),
             suffix=".junit.xml",
-            package=junit.PACKAGE,
-            extra=junit.EXTRA,
+            package="junitparser",
+            extra="ci",
         ),
-        Format("sarif", {Report: sarif.render, LintReport: sarif.render}),
+        Format("sarif", _own(Report="sarif:render", LintReport="sarif:render")),
         Format(
             "github",
-            {Report: github.render_scan, LintReport: github.render_lint, Verification: github.render_verify},
+            _own(Report="github:render_scan", LintReport="github:render_lint", Verification="github:render_verify"),
             suffix=".github.txt",
         ),
         Format(
             "markdown",
-            {
-                Report: markdown.render_scan,
-                LintReport: markdown.render_lint,
-                Verification: markdown.render_verify,
-                Comparison: markdown.render_compare,
-                TableReport: markdown.render_table,
-                LabReport: lab.render_markdown,
-            },
+            _own(
+                Report="markdown:render_scan",
+                LintReport="markdown:render_lint",
+                Verification="markdown:render_verify",
+                Comparison="markdown:render_compare",
+                TableReport="markdown:render_table",
+                LabReport="lab:render_markdown",
+            ),
             suffix=".md",
         ),
         Format(
             "csv",
-            {
-                Report: csv.render_layers,
-                SweepReport: csv.render_layers,
-                Verification: csv.render_layers,
-                Comparison: csv.render_compare,
-                TableReport: csv.render_table,
-            },
+            _own(
+                Report="csv:render_layers",
+                SweepReport="csv:render_layers",
+                Verification="csv:render_layers",
+                Comparison="csv:render_compare",
+                TableReport="csv:render_table",
+            ),
         ),
     ],
     name_of=lambda row: row.name,
@@ -206,8 +191,8 @@ FORMATS: Registry[Format] = Registry(
 
 def formats_of(command: str) -> list[str]:
     """Names of the formats that support a document of a command."""
-    documents = OF_COMMANDS.get(command, tuple(DOCUMENTS))
-    return [row.name for row in FORMATS if any(document in row.renderers for document in documents)]
+    documents = set(OF_COMMANDS.get(command, DOCUMENTS))
+    return [row.name for row in FORMATS if not documents.isdisjoint(row.documents)]
 
 
 def renderer(format_: str, document: type) -> Renderer:
@@ -217,17 +202,16 @@ def renderer(format_: str, document: type) -> Renderer:
         UsageError: There is no such format, or it does not support the document; says which formats do. Or a package
             that it needs is not installed.
     """
-    row = FORMATS[format_]
-    found = row.renderers.get(document)
-    if found is None:
-        able = [row.name for row in FORMATS if document in row.renderers]
+    row, name = FORMATS[format_], document.__name__
+    if name not in row.documents:
+        able = [row.name for row in FORMATS if name in row.documents]
         raise UsageError(
-            f"--format {format_} does not support {DOCUMENTS.get(document, document.__name__)};"
+            f"--format {format_} does not support {DOCUMENTS.get(name, name)};"
             f" these formats do: {', '.join(able) or 'none'}."
         )
     if row.package:
         require(row.package, row.extra, f"--format {format_}")
-    return found
+    return row.renderer(name)
 
 
 def render(document: object, format_: str = "terminal", options: RenderOptions | None = None) -> str:

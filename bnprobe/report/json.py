@@ -46,7 +46,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from pydantic import ValidationError
 
+    from bnprobe.report.page import RenderOptions
+
 _Document = TypeVar("_Document", bound=Record)
+
+
+def render(record: DataclassInstance, options: RenderOptions) -> str:
+    """The record as JSON."""
+    return dump(record, ascii_only=not options.unicode)
 
 
 def dump(record: DataclassInstance, ascii_only: bool = False) -> str:

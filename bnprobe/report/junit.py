@@ -18,8 +18,6 @@ from bnprobe.rules.findings import UNEXPLAINED, failures, findings
 if TYPE_CHECKING:
     from junitparser import TestCase
 
-PACKAGE, EXTRA = "junitparser", "ci"
-
 
 def render(report: Report | LintReport, options: RenderOptions) -> str:
     """The verdicts of a scan or a lint, and a failed case for each flagged layer that no rule explains."""

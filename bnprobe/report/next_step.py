@@ -7,9 +7,13 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bnprobe.records import Diagnosis, Layer, Report, Scan, SweepReport
+from bnprobe.records import Diagnosis, Layer, Report, Scan
 from bnprobe.rules import effect, rule_of
+
+if TYPE_CHECKING:
+    from bnprobe.records import SweepReport
 
 SAVE = {"--format": "json", "--output": "report.json"}
 _TO_SAVE = "To save the report:"

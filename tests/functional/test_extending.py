@@ -229,4 +229,4 @@ def test_the_tables_of_the_page_are_complete() -> None:
     assert found == {registry.group: registry for registry in REGISTRIES}
     assert set(tomllib.loads(FILES["pyproject.toml"])["project"]["entry-points"]) == found.keys()
     documents = re.findall(r"^\| `(\w+)` \| `bnprobe ", TEXT, re.MULTILINE)
-    assert documents == [kind.__name__ for kind in DOCUMENTS]
+    assert documents == list(DOCUMENTS)

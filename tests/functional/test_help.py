@@ -10,6 +10,12 @@ import bnprobe
 from functional.command import CLEAN, ERROR, MODEL, Workspace
 
 HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml", "pydantic"}
+OTHER_REPORTS = {
+    *(f"bnprobe.records.{name}" for name in ("comparison", "drift", "lab", "monitor", "sweep", "table")),
+    *(f"bnprobe.report.{name}" for name in ("batch_effects", "compare", "csv", "drift", "export", "github", "html")),
+    *(f"bnprobe.report.{name}" for name in ("json", "junit", "lab", "markdown", "plan", "repair", "sarif", "sweep")),
+    *("bnprobe.report.verify", "bnprobe.report.watch"),
+}
 IMPORTS = """
 import sys
 
@@ -64,6 +70,16 @@ def test_a_lint_imports_little_beside_torch(workspace: Workspace) -> None:
     assert found.code == CLEAN
     assert "torch" in imported
     assert {"scipy", "sympy", "torch._dynamo"}.isdisjoint(imported)
+    assert OTHER_REPORTS.isdisjoint(imported)
+
+
+def test_a_scan_imports_no_other_reports(workspace: Workspace) -> None:
+    workspace.write("model.py", MODEL)
+    found = workspace.call(sys.executable, "-c", IMPORTS, "scan", "model.py", "--batch-size", "4", "--exit-zero")
+    imported = found.stderr.split()
+    assert found.code == CLEAN
+    assert {"torch", "bnprobe.report.screen"} <= set(imported)
+    assert (OTHER_REPORTS | {"bnprobe.report.lint"}).isdisjoint(imported)
 
 
 @pytest.mark.parametrize("size", ["99999999999999", "x", "-5", "0", "1e9", ""])

@@ -110,9 +110,11 @@ def test_a_document_that_a_format_does_not_support_is_refused_before_anything_ru
     Path("model.py").write_text("raise RuntimeError('the model was loaded')", encoding="utf-8")
     with FORMATS.including(ROWS):
         _, text, error = run(*arguments, "--format", "rows")
-    able = [row.name for row in FORMATS if kind in row.renderers]
+    able = [row.name for row in FORMATS if kind.__name__ in row.documents]
     assert isinstance(error, UsageError)
-    assert str(error) == f"--format rows does not support {DOCUMENTS[kind]}; these formats do: {', '.join(able)}."
+    assert (
+        str(error) == f"--format rows does not support {DOCUMENTS[kind.__name__]}; these formats do: {', '.join(able)}."
+    )
     assert text == ""
     assert not Path("out.safetensors").exists()
 
@@ -145,7 +147,7 @@ def test_another_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeyp
 
 def test_the_formats_for_people_and_for_programs_support_every_document() -> None:
     for name in ("terminal", "json"):
-        assert FORMATS[name].renderers.keys() == DOCUMENTS.keys(), name
+        assert FORMATS[name].documents == list(DOCUMENTS), name
 
 
 def test_files_of_different_formats_have_different_names() -> None:

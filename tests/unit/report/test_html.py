@@ -546,7 +546,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_the_row_names_the_documents_it_supports() -> None:
-    assert {kind.__name__ for kind in FORMATS["html"].renderers} == {
+    assert set(FORMATS["html"].documents) == {
         *("LabReport", "MonitorLog", "RepairReport", "Report", "SweepReport", "TableReport", "Verification")
     }
 

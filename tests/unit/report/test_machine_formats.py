@@ -358,7 +358,7 @@ def test_a_flagged_layer_that_no_rule_explains_is_a_finding_in_every_format() ->
 
 def _pairs() -> Iterator[tuple[str, str]]:
     for row in FORMATS:
-        yield from ((row.name, kind.__name__) for kind in row.renderers)
+        yield from ((row.name, kind) for kind in row.documents)
 
 
 def test_which_documents_the_formats_for_programs_support() -> None:
