@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import sysconfig
 import traceback
 import warnings
 from pathlib import Path
@@ -38,18 +37,6 @@ EXIT_CLEAN = 0
 EXIT_FINDINGS = 1
 EXIT_ERROR = 2
 EXIT_NOTHING = 3
-
-_LIBRARY_ROOTS = tuple(
-    str(Path(path).resolve())
-    for path in {
-        sysconfig.get_path("stdlib"),
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("platlib"),
-        sysconfig.get_path("scripts"),  # commands of packages, such as bnprobe and pytest, from which all is called
-        sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")),
-        str(Path(__file__).parent),
-    }
-)
 
 _PACKAGE_FOLDERS = frozenset({"site-packages", "dist-packages"})
 """Where packages are installed, also those of the user's home and of other environments on the path."""
@@ -198,7 +185,23 @@ def is_library_file(filename: str) -> bool:
         path = Path(os.path.realpath(filename))
     except (OSError, ValueError):  # code that was compiled under a name that no file can have
         return False
-    return not _PACKAGE_FOLDERS.isdisjoint(path.parts) or any(path.is_relative_to(root) for root in _LIBRARY_ROOTS)
+    return not _PACKAGE_FOLDERS.isdisjoint(path.parts) or any(path.is_relative_to(root) for root in _library_roots())
+
+
+@functools.cache
+def _library_roots() -> tuple[str, ...]:
+    """The folders of Python, of packages and of bnprobe."""
+    import sysconfig  # reads all that Python was built with: not for a command that meets no code of the user's
+
+    paths = {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        sysconfig.get_path("scripts"),  # commands of packages, such as bnprobe and pytest, from which all is called
+        sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")),
+        str(Path(__file__).parent),
+    }
+    return tuple(str(Path(path).resolve()) for path in paths)
 
 
 def warn_user(message: str) -> None:

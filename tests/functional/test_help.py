@@ -9,7 +9,7 @@ import pytest
 import bnprobe
 from functional.command import CLEAN, ERROR, MODEL, Workspace
 
-HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml", "pydantic"}
+HEAVY = {"torch", "numpy", "scipy", "safetensors", "yaml", "pydantic", "sysconfig"}
 OTHER_REPORTS = {
     *(f"bnprobe.records.{name}" for name in ("comparison", "drift", "lab", "monitor", "sweep", "table")),
     *(f"bnprobe.report.{name}" for name in ("batch_effects", "compare", "csv", "drift", "export", "github", "html")),
@@ -19,12 +19,14 @@ OTHER_REPORTS = {
 IMPORTS = """
 import sys
 
+before = set(sys.modules)
+
 from bnprobe.cli.app import main
 
 try:
     main()
 except SystemExit as end:
-    print("imported", *sys.modules, file=sys.stderr)
+    print("imported", *(sys.modules.keys() - before), file=sys.stderr)
     sys.exit(end.code)
 """
 
