@@ -46,6 +46,12 @@ def test_what_user_code_writes_to_stdout_goes_to_stderr(workspace: Workspace) ->
     assert set(found.stderr.splitlines()) == SAID
 
 
+def test_a_file_that_user_code_left_open_is_written_at_the_end(workspace: Workspace) -> None:
+    workspace.write("model.py", 'log = open("log.txt", "w")\nlog.write("begun")\n' + MODEL)
+    assert workspace.run_installed("scan", "model.py", "--batch-size", "2").code == CLEAN
+    assert (workspace.folder / "log.txt").read_text() == "begun"
+
+
 def test_user_code_that_replaces_or_closes_the_streams(workspace: Workspace) -> None:
     replaced = 'import sys, io, os\nsys.stdout = io.StringIO()\nsys.stderr.close()\nos.environ["COLUMNS"] = "x"\n'
     workspace.write("model.py", replaced + MODEL)
