@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Generator
 from pathlib import Path
 
 import jaxtyping
@@ -21,6 +23,17 @@ settings.load_profile("repeatable")
 
 CHECKED = ("unit", "fuzz")
 """Tests of functions by themselves. Whole commands call them as these do, and checks take a seventh of their time."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while all tests are imported, and never look through what was: a million objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

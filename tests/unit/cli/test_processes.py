@@ -13,12 +13,17 @@ import bnprobe.distributed  # noqa: F401 (what imports torch in a launch)
 from bnprobe.cli.processes import collect_garbage, collect_no_garbage, importing, run_together
 
 
-@pytest.fixture
-def _without_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a process that has just begun."""
-    monkeypatch.delitem(sys.modules, "torch")
-    yield
+@pytest.fixture(autouse=True)
+def _nothing_is_frozen() -> Iterator[None]:
+    """As in a process that has just begun; tests freeze what was imported for them."""
     gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.fixture
+def _without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
 
 
 @pytest.mark.usefixtures("_without_torch")
