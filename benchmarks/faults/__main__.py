@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.faults import score
-from benchmarks.faults.calibration import ORDINARY, REPEATS, SCAN_BATCHES, TRUTH_BATCHES
+from benchmarks.faults.calibration import FULL, ORDINARY, QUICK, REPEATS, SCAN_BATCHES, Truth
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.networks import NETWORKS
 from benchmarks.faults.trials import LOOKED_AT, UNSEEN, Outcome, Trial, control_trials, pair_trials, single_trials
@@ -35,9 +35,10 @@ def main() -> int:
     """Print the report, and write it where asked; 0 whatever the figures are."""
     arguments = _arguments()
     started = time.perf_counter()
-    tasks = _tasks(arguments)
+    truth = QUICK if arguments.quick else FULL
+    tasks = _tasks(arguments, truth)
     result = run_all(tasks, arguments.processes, lambda done, task: _tell(done, len(tasks), task))
-    report = render(result, time.perf_counter() - started)
+    report = render(result, time.perf_counter() - started, truth)
     print(report)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -46,11 +47,11 @@ def main() -> int:
     return 0
 
 
-def render(result: Result, seconds: float) -> str:
+def render(result: Result, seconds: float, truth: Truth = FULL) -> str:
     """The whole report."""
     parts = [
         "# Planted faults",
-        _circumstances(result, seconds),
+        _circumstances(result, seconds, truth),
         "## Goals",
         tables.render(score.goals(result.outcomes, result.checks)),
         *_case_tables(result.outcomes),
@@ -89,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tasks(arguments: argparse.Namespace) -> list[Task]:
+def _tasks(arguments: argparse.Namespace, truth: Truth) -> list[Task]:
     networks = arguments.network or (QUICK_NETWORKS if arguments.quick else tuple(NETWORKS))
     seeds = QUICK_SEEDS if arguments.quick else LOOKED_AT if arguments.looked_at else (*LOOKED_AT, *UNSEEN)
     trials: list[Trial] = list(single_trials(tuple(arguments.only or ())))
@@ -100,14 +101,14 @@ def _tasks(arguments: argparse.Namespace) -> list[Task]:
     calibrated = {} if alone else {(network, seed): REPEATS for network in ORDINARY for seed in UNSEEN}
     if arguments.quick:
         calibrated = {(network, seed): 1 for network in networks for seed in seeds}
-    return tasks_of(chosen, {key: repeats for key, repeats in calibrated.items() if key[0] in networks})
+    return tasks_of(chosen, {key: repeats for key, repeats in calibrated.items() if key[0] in networks}, truth)
 
 
 def _tell(done: int, of: int, task: Task) -> None:
     print(f"{done}/{of}: {task.network}, seed {task.seed}", file=sys.stderr, flush=True)
 
 
-def _circumstances(result: Result, seconds: float) -> str:
+def _circumstances(result: Result, seconds: float, truth: Truth) -> str:
     planted, pairs, controls = (
         sum(bool(one.trial.control) == (faults == 0) and len(one.trial.planted) == faults for one in result.outcomes)
         for faults in (1, 2, 0)
@@ -121,7 +122,7 @@ def _circumstances(result: Result, seconds: float) -> str:
         "",
         f"{planted} planted faults, {pairs} pairs, {controls} controls. Thresholds and rules may be mended on seeds"
         f" {tuned}; all figures but those beside them are of the others.",
-        f"Calibration: {SCAN_BATCHES} micro-batches a scan, against a truth from {TRUTH_BATCHES} other batches.",
+        f"Calibration: {SCAN_BATCHES} micro-batches a scan, against a truth from {truth.batches} other batches.",
     ]
     return "\n".join(lines)
 

@@ -19,12 +19,24 @@ from benchmarks.faults.samples import Samples
 from benchmarks.faults.surgery import norms
 from bnprobe.records import Interval, Layer
 
-TRUTH_BATCHES = 600
-"""Batches behind the truth of the train path, at least: whole epochs of the same data set, each in a new order. Of a
-part of an epoch heavy tails would leave more error than an interval is wide."""
 
-TRUTH_ORDERS = 100
-"""Orders of the data set behind the truth of the eval path, where samples do not depend on each other."""
+@dataclass(frozen=True)
+class Truth:
+    """How much stands behind the truth.
+
+    Attributes:
+        batches: Of the train path, at least: whole epochs of the same data set, each in a new order. Of a part of an
+            epoch heavy tails would leave more error than an interval is wide.
+        orders: Of the data set, for the eval path, where samples do not depend on each other.
+    """
+
+    batches: int
+    orders: int
+
+
+FULL = Truth(batches=600, orders=100)
+QUICK = Truth(batches=60, orders=5)
+"""To see that it runs, or where figures are far from what they are held against."""
 
 SCAN_BATCHES = 16
 """Micro-batches of each scan: its intervals are about four times as wide as the truth's own error."""
@@ -106,7 +118,7 @@ class PValue:
     p_value: float
 
 
-def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Check], list[PValue]]:
+def calibrate(network: str, seed: int, repeats: int = REPEATS, truth: Truth = FULL) -> tuple[list[Check], list[PValue]]:
     """Scan one healthy network again and again, in every setting, and compare every interval with the truth."""
     checks: list[Check] = []
     p_values: list[PValue] = []
@@ -119,32 +131,31 @@ def calibrate(network: str, seed: int, repeats: int = REPEATS) -> tuple[list[Che
         case = case.with_options(what_if=False)  # remedies have no part in the intervals
         reports = [case.scanned(setting.batches, order=10_000 + repeat) for repeat in range(repeats)]
         values = [layer.values_per_channel for layer in reports[0].layers]
-        truths = true_figures(case, values) if network in ORDINARY else []
+        true = true_figures(case, values, truth) if network in ORDINARY else []
         for repeat, report in enumerate(reports):
-            for truth, layer in zip(truths, report.layers, strict=False):
+            for known, layer in zip(true, report.layers, strict=False):
                 figures = _intervals(layer)
-                checks += [_check(what + name, network, seed, truth[what], found) for what, found in figures]
+                checks += [_check(what + name, network, seed, known[what], found) for what, found in figures]
             if not name:
                 found = [layer.composition.p_value for layer in report.layers if layer.composition]
                 p_values += [PValue(network, seed, repeat, value) for value in found]
     return checks, p_values
 
 
-def true_figures(case: Case, values: Sequence[int], count: int = TRUTH_BATCHES) -> list[dict[str, float]]:
+def true_figures(case: Case, values: Sequence[int], truth: Truth = FULL) -> list[dict[str, float]]:
     """Mismatch of both paths and its shares, for each layer in network order.
 
     Args:
         values: Values per channel in a batch, of each layer.
-        count: Batches, at least.
     """
     sampling, samples = replace(case.sampling, seed=case.sampling.seed + 77), case.training()
     number = min(len(samples), sampling.images or len(samples))
     epoch = number // sampling.batch_size  # a partial last batch is dropped
-    count = math.ceil(count / epoch) * epoch
+    count = math.ceil(truth.batches / epoch) * epoch
     train, same = (record(case.model, samples, sampling, count, training=training) for training in (True, False))
     part = max(size for size in range(1, 129) if number % size == 0)  # no sample may be left over
     images = record_images(case.model, samples, replace(sampling, batch_size=part), number // part)
-    infer = [_reordered(one, sampling.batch_size) for one in images]
+    infer = [_reordered(one, sampling.batch_size, truth.orders) for one in images]
     train = [_freed_of_chance(*paths) for paths in zip(train, same, infer, strict=True)]
     layers = zip(norms(case.model), train, infer, values, strict=True)
     return [_figures(norm, *paths, number) for norm, *paths, number in layers]
@@ -156,11 +167,11 @@ def _freed_of_chance(train: BatchStatistics, same: BatchStatistics, exact: Batch
     return BatchStatistics(train.mean + mean, train.variance + variance)
 
 
-def _reordered(images: ImageStatistics, size: int) -> BatchStatistics:
-    """Batches of all samples, in one random order after the other."""
+def _reordered(images: ImageStatistics, size: int, count: int) -> BatchStatistics:
+    """Batches of all samples, in one random order after the other, so many of them."""
     generator = torch.Generator().manual_seed(0)
     number = len(images.mean)
-    orders = [torch.randperm(number, generator=generator)[: number // size * size] for _ in range(TRUTH_ORDERS)]
+    orders = [torch.randperm(number, generator=generator)[: number // size * size] for _ in range(count)]
     found = [images.regrouped(order, size) for order in orders]
     return BatchStatistics(torch.cat([one.mean for one in found]), torch.cat([one.variance for one in found]))
 

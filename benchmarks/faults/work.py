@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.faults.calibration import Check, PValue, calibrate
+from benchmarks.faults.calibration import FULL, Check, PValue, Truth, calibrate
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.networks import healthy
 from benchmarks.faults.trials import Outcome, Trial, run
@@ -23,12 +23,14 @@ class Task:
 
     Attributes:
         repeats: Scans for the calibration; 0: none.
+        truth: What they are held against.
     """
 
     network: str
     seed: int
     trials: tuple[Trial, ...]
     repeats: int = 0
+    truth: Truth = FULL
 
 
 @dataclass
@@ -49,14 +51,14 @@ class Result:
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
-def tasks_of(trials: Iterable[Trial], repeats: dict[tuple[str, int], int]) -> list[Task]:
+def tasks_of(trials: Iterable[Trial], repeats: dict[tuple[str, int], int], truth: Truth = FULL) -> list[Task]:
     """The trials by network and seed, longest task first, so that no process waits for another at the end."""
     groups: dict[tuple[str, int], list[Trial]] = defaultdict(list)
     for key in repeats:
         groups[key] = []
     for trial in trials:
         groups[trial.network, trial.seed].append(trial)
-    tasks = [Task(*key, tuple(found), repeats.get(key, 0)) for key, found in groups.items()]
+    tasks = [Task(*key, tuple(found), repeats.get(key, 0), truth) for key, found in groups.items()]
     return sorted(tasks, key=lambda task: len(task.trials) + task.repeats, reverse=True)
 
 
@@ -91,7 +93,7 @@ def _run_task(task: Task) -> tuple[Task, Result]:
     result.outcomes = [run(trial) for trial in task.trials]
     scanned = time.perf_counter()
     if task.repeats:
-        result.checks, result.p_values = calibrate(task.network, task.seed, task.repeats)
+        result.checks, result.p_values = calibrate(task.network, task.seed, task.repeats, task.truth)
     result.seconds["training of healthy networks"] = trained - started
     result.seconds["faults, planted and scanned"] = scanned - trained
     result.seconds["calibration"] = time.perf_counter() - scanned

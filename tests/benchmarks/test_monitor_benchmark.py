@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.monitor import score
-from benchmarks.monitor.__main__ import render
+from benchmarks.monitor.__main__ import main, render
 from benchmarks.monitor.faults import FAULTS
 from benchmarks.monitor.runs import BASE, HEALTHY, NETS, Loop, Outcome, Recipe, loop_of, run, shifted
 
@@ -169,9 +168,11 @@ def test_a_report_says_what_was_found_and_which_monitors_stopped() -> None:
     assert f"* mlp, {BASE}, seed 1: bnprobe.Monitor stopped at step 3" in text
 
 
-def test_the_quick_run_writes_its_results(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.monitor", "--quick", "--processes", "1", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+def test_the_quick_run_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--quick", "--processes", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.monitor", *arguments])
+    monkeypatch.chdir(Path(__file__).parents[2])  # memory is measured in processes that import benchmarks from there
+    assert main() == 0
     results = (tmp_path / "RESULTS.md").read_text()
     for heading in ("False alarms", "Delay of detection", "Missed", "Cost"):
         assert f"\n## {heading}\n" in results
