@@ -24,7 +24,7 @@ from functional.command import (
     Result,
     Workspace,
 )
-from functional.processes import launch
+from functional.processes import Launch, launch
 from support.processes import free_port
 
 DIGITS = REPOSITORY / "sample_configs" / "digits"
@@ -311,11 +311,25 @@ def forward(model, batch):
 """
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_one_that_hangs_ends_all(workspace: Workspace, rank: str) -> None:
-    workspace.write("model.py", SHIFTED.replace("IMAGES = 64", "IMAGES = 2000") + HANGS.replace("HANGING", repr(rank)))
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Launch]]:
+    """Launches in which the process of this rank hangs; their time runs out together."""
     scan = ("scan", "model.py", "--batch-size", "2", "--batches", "1000", "--no-emulate")
-    message = said(launch(workspace, 2, *scan, BNPROBE_TIMEOUT="8").results())
+    launches = {}
+    for rank in ("0", "1"):
+        workspace = Workspace(tmp_path_factory.mktemp("hanging"))
+        hangs = HANGS.replace("HANGING", repr(rank))
+        workspace.write("model.py", SHIFTED.replace("IMAGES = 64", "IMAGES = 2000") + hangs)
+        launches[rank] = launch(workspace, 2, *scan, BNPROBE_TIMEOUT="8")
+    yield launches
+    for each in launches.values():
+        for process in each.processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_that_hangs_ends_all(hanging: dict[str, Launch], rank: str) -> None:
+    message = said(hanging[rank].results())
     assert message.startswith(f"Process {rank} has given no sign of life for 8 seconds")
     assert "set BNPROBE_TIMEOUT to more seconds (default 1800)" in message
 
