@@ -35,6 +35,7 @@ browser: $(READY) ## install what the tests of pages drive: Playwright, and on D
 		echo "Chromium could not be installed: the tests of pages in a browser will be skipped."
 
 test: $(FRAMEWORKS) ## install, run the test suite: the package, the command as users run it, the benchmarks
+	@$(BIN)/python -m compileall -q bnprobe  # or each of the processes that tests start would do it
 	$(BIN)/python -m pytest $(TWO)
 
 lint: $(FRAMEWORKS) ## ruff, mypy and the import contracts
