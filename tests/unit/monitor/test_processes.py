@@ -49,7 +49,7 @@ def _changes_layers(folder: Path, action: str) -> None:
         parameters, optimizer = list(model.parameters()), torch.optim.SGD(model.parameters(), 0.02, momentum=0.5)
         told["kinds"] = []
         with bnprobe.Monitor(wrapped, every=5, on_finding=action, log=folder / "log") as monitor:
-            for step in range(700):
+            for step in range(450):
                 x, y = _batch(2 * step + rank, size=2 if 100 <= step < 200 else 32)
                 optimizer.zero_grad()
                 F.cross_entropy(wrapped(x), y).backward()
