@@ -144,17 +144,19 @@ class Registry(Generic[Row]):
             ) from error
 
 
-def load_code(location: str, what: str, error: type[BnprobeError]) -> Any:
-    """Make the object that does the work of a row, for rows that are read without importing torch.
+def load_code(location: str, what: str, error: type[BnprobeError], call: bool = True) -> Any:
+    """Make the object that does the work of a row, for rows that are read without importing what it needs.
 
     Args:
         location: Its class, as ``"package.module:CLASS"``.
         what: What is loaded, for the message: ``'The conversion of the repair target "frozen"'``.
         error: What is raised if it cannot be loaded.
+        call: Make an object; else what is named is the object.
     """
     module, _, attribute = location.partition(":")
     try:
-        return getattr(import_module(module), attribute)()
+        found = getattr(import_module(module), attribute)
+        return found() if call else found
     except Exception as cause:  # the code of another package
         raise error(f"{what} ({location}) cannot be loaded: {type(cause).__name__}: {cause}") from cause
 

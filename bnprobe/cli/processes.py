@@ -105,7 +105,10 @@ def _importing_torch() -> Iterator[None]:
 
 
 def collect_no_garbage() -> None:
-    """Until the work begins: what is imported makes hundreds of thousands of objects, which stay."""
+    """Until the work begins: what is imported makes hundreds of thousands of objects, which stay.
+
+    A command that imports no torch never begins to: it reads, prints and ends.
+    """
     if gc.isenabled() and "torch" not in sys.modules:
         gc.disable()
         _paused.append(True)

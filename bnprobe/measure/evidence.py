@@ -48,9 +48,11 @@ from bnprobe.stats.intervals import REPLICATES, Sums
 from bnprobe.stats.ladder import BatchSums, blend, mismatch, running, settled
 from bnprobe.stats.moments import Moments, corrections, pool_moments
 
-_CHUNK_VALUES = {"cpu": 2**19, "cuda": 2**21}
-"""Values per temporary tensor, which bounds the memory of a step for any number of channels and samples. A GPU takes
-few of them as long as many."""
+_CHUNK_VALUES = 2**19
+"""Values per temporary tensor, which bounds the memory of a step for any number of channels and samples."""
+
+_WAITING_VALUES = 2**18
+"""Values beyond which steps wait no longer to be added together: to wait for more takes memory and saves little."""
 
 _COLUMNS = 2**13
 """Channels whose figures are computed at once: with a row for each replicate they fit into a CPU's cache."""
@@ -66,10 +68,6 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-def _chunk_values(like: Tensor) -> int:
-    return _CHUNK_VALUES.get(like.device.type, _CHUNK_VALUES["cpu"])
-
-
 def by_layer(calls: Iterable[Slot]) -> dict[int, list[Slot]]:
     """The calls of each layer, by its index."""
     found: dict[int, list[Slot]] = {}
@@ -80,7 +78,7 @@ def by_layer(calls: Iterable[Slot]) -> dict[int, list[Slot]]:
 
 @dataclass
 class _Waiting:
-    """Steps that wait to be added together: with the same calls on as many values.
+    """Steps that wait to be added together: of the same calls, with the same numbers of values.
 
     Attributes:
         values: Of each call its values per channel in a group.
@@ -88,9 +86,8 @@ class _Waiting:
         groups: Of each micro-batch, where families group rows themselves: a row is a group.
         samples: A row is a sample.
         rows_per_batch: Rows of a micro-batch.
-        first: Number of the micro-batch that the first row belongs to.
         moments: Mean and variance of each step, shape (rows, columns).
-        steps: The step of each row.
+        steps, numbers: Of each micro-batch that is whole: the step that completed it, and its number.
     """
 
     values: dict[Slot, int]
@@ -98,42 +95,42 @@ class _Waiting:
     groups: int | None
     samples: bool
     rows_per_batch: int
-    first: int
     moments: list[Moments] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     @property
-    def batches(self) -> int:
-        """Micro-batches that are whole."""
-        return len(self.steps) // self.rows_per_batch
+    def rows(self) -> int:
+        """Rows that wait."""
+        return sum(mean.shape[0] for mean, _ in self.moments)
 
     @property
     def is_full(self) -> bool:
-        """Whether there are so many rows that more would take memory and save little."""
-        eps = self.columns.eps
-        return len(self.steps) * eps.numel() > _chunk_values(eps) // 2
+        """Whether the next step is not to wait with these."""
+        return self.rows * self.columns.eps.numel() > _WAITING_VALUES
 
-    def add(self, records: Iterable[Recorded], step: int) -> int:
-        """Add a step; return the number of micro-batches that it makes whole."""
-        before = self.batches
-        means, variances = zip(*((record.mean, record.variance) for record in records), strict=True)
-        self.moments.append((torch.cat(means, 1), torch.cat(variances, 1)))
-        self.steps += [step] * means[0].shape[0]
-        return self.batches - before
+    def add(self, records: Mapping[Slot, Recorded], step: int, first: int) -> int:
+        """Add a step, the next micro-batch of which is number ``first``; return how many micro-batches it completes."""
+        ordered = [records[slot] for slot in self.columns.slots]  # a pass may call its layers in another order
+        mean, variance = (torch.cat([getattr(each, name) for each in ordered], 1) for name in ("mean", "variance"))
+        self.moments.append((mean, variance))
+        completed = self.rows // self.rows_per_batch - len(self.steps)
+        self.steps += [step] * completed
+        self.numbers += range(first, first + completed)
+        return completed
 
-    def take(self) -> tuple[Tensor, Tensor, list[int]]:
-        """The mean and variance of the rows of whole micro-batches, and the step that completed each micro-batch.
+    def take(self) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """The mean and variance of the rows of whole micro-batches, and the step and the number of each micro-batch.
 
         The other rows wait for the next step with the same calls.
         """
         mean, variance = (torch.cat(parts) for parts in zip(*self.moments, strict=True))
-        whole = self.batches * self.rows_per_batch
-        completed = self.steps[self.rows_per_batch - 1 : whole : self.rows_per_batch]
-        self.first, self.steps, self.moments = self.first + self.batches, self.steps[whole:], []
-        if self.steps:
+        steps, numbers, whole = self.steps, self.numbers, len(self.steps) * self.rows_per_batch
+        self.moments, self.steps, self.numbers = [], [], []
+        if whole < mean.shape[0]:
             self.moments = [(mean[whole:].clone(), variance[whole:].clone())]
             mean, variance = mean[:whole], variance[:whole]
-        return mean, variance, completed
+        return mean, variance, steps, numbers
 
 
 class PathEvidence:
@@ -165,23 +162,24 @@ class PathEvidence:
                 samples, or micro-batches of ``batch_size``.
             layers: All probed layers.
         """
-        batches = 0
         self._known.clear()
-        if not records.keys() <= self._table.calls.keys():
+        if any(waiting.is_full for waiting in self._waiting.values()):
+            self.settle()
+        batches, new = 0, not records.keys() <= self._table.calls.keys()
+        if new:
             self._make_room(records, layers)
         for groups in dict.fromkeys(record.groups for record in records.values()):
             chosen = {slot: record for slot, record in records.items() if record.groups == groups}
-            batches = self._waiting_for(chosen, layers, groups).add(chosen.values(), self._steps)
+            batches = self._waiting_for(chosen, layers, groups).add(chosen, self._steps, self.batches)
         if records:
             self.batches += batches
             self._steps += 1
-        # The first step by itself: the pool takes its origin from it, and what a statistic cannot take is seen at once.
-        if self._steps == 1 or any(waiting.is_full for waiting in self._waiting.values()):
+        if new:  # by itself: the pool takes its origin from it, and what a statistic cannot take is seen at once
             self.settle()
 
     def settle(self) -> None:
         """Add the steps that wait, together: many rows take no more operators than few. Whoever reads does it first."""
-        ready = [waiting for waiting in self._waiting.values() if waiting.batches]
+        ready = [waiting for waiting in self._waiting.values() if waiting.steps]
         if ready:
             with deferred_interrupts():
                 for waiting in ready:
@@ -203,15 +201,16 @@ class PathEvidence:
     ) -> _Waiting:
         """What waits of these calls, which have the same number of groups per micro-batch, and are in the table."""
         first, values = next(iter(records.values())), {slot: record.values for slot, record in records.items()}
-        rows = groups or (self.batch_size if first.unit == 1 else 1)
+        samples = groups is None and first.unit == 1
+        rows = groups or (self.batch_size if samples else 1)
         waiting = self._waiting.get(groups)
-        if waiting is not None and (waiting.values, waiting.rows_per_batch) == (values, rows):
+        if waiting is not None and (waiting.values, waiting.samples, waiting.rows_per_batch) == (values, samples, rows):
             return waiting
         self.settle()
         columns = Columns.of(layers, values, self._table, first.mean.device)
-        found = _Waiting(values, columns, groups, groups is None and first.unit == 1, rows, self.batches)
+        found = _Waiting(values, columns, groups, samples, rows)
         if waiting is not None and (waiting.columns.slots, waiting.rows_per_batch) == (columns.slots, rows):
-            found.moments, found.steps = waiting.moments, waiting.steps
+            found.moments = waiting.moments
         self._waiting[groups] = found
         return found
 
@@ -222,9 +221,9 @@ class PathEvidence:
         return self._gathered
 
     def _add(self, waiting: _Waiting) -> None:
-        columns, first = waiting.columns, waiting.first
-        mean, variance, steps = waiting.take()
-        positions = [self._share.position(first + number) for number in range(len(steps))]
+        columns = waiting.columns
+        mean, variance, steps, numbers = waiting.take()
+        positions = [self._share.position(number) for number in numbers]
         replicates = [position % REPLICATES for position in positions]
         if waiting.groups is None:
             if waiting.samples and self._scope != "other sizes":  # a step may not fill micro-batches of these
@@ -232,7 +231,7 @@ class PathEvidence:
             if waiting.rows_per_batch > 1:
                 mean, variance = pool_moments(mean, variance, waiting.rows_per_batch)
         divided = waiting.groups or 1
-        at_once = max(1, _chunk_values(mean) // mean.shape[1] // divided)
+        at_once = max(1, _CHUNK_VALUES // mean.shape[1] // divided)
         reference = (
             columns.mean,
             columns.variance,
@@ -288,7 +287,7 @@ class PathEvidence:
         return sums
 
     def first_bad(self, slot: Slot) -> int | None:
-        """The step in which a non-finite value of a call was first seen; None if there was none."""
+        """The physical batch in which a non-finite value of a call was first seen; None if there was none."""
         step: int | None = self._every(Mismatch)[slot][1] if slot in self else None
         return step
 

@@ -192,7 +192,7 @@ class Columns:
         return self.eps / self.square_std
 
     def per_call(self, values: Tensor) -> Tensor:
-        """Mean over the channels of each call, shape (rows, calls)."""
+        """Mean over the channels of each call, shape (rows, calls); of float32 or float64."""
         if values.device.type == "cpu":
             return self.segments.mean(values)
         total = values.new_zeros(values.shape[0], len(self.slots)).index_add_(1, self.call_of_column, values)

@@ -252,5 +252,9 @@ if not TYPE_CHECKING:
         for module in _OF_FEW_COMMANDS if name in __all__ else ():
             found = vars(import_module(f"{__name__}.{module}"))
             if name in found:
+                globals()[name] = found[name]
                 return found[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)

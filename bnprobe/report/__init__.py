@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from functools import cached_property
 from typing import Any
 
 from bnprobe.errors import UsageError
-from bnprobe.registry import Registry, require
+from bnprobe.registry import Registry, load_code, require
 from bnprobe.report.page import RenderOptions
 
 Renderer = Callable[[Any, RenderOptions], str]
@@ -59,8 +59,8 @@ class Format:
 
     Attributes:
         name: As in ``--format``.
-        renderers: The function for each type of document that it supports, of `DOCUMENTS`; or by the names of types
-            where the functions are, as ``"package.module:FUNCTION"``.
+        renderers: The function for each type of document that it supports, of `DOCUMENTS`; or, by the name of the type,
+            where the function is, as ``"package.module:FUNCTION"``.
         package: What must be installed for it, as it is imported; empty: nothing beyond bnprobe.
         extra: The extra of bnprobe that installs the package.
         opens: What opens its files, e.g. "a browser"; empty: they are text, which a terminal shows.
@@ -79,17 +79,22 @@ class Format:
         """How the names of its files end."""
         return self.suffix or f".{self.name}"
 
-    @property
-    def documents(self) -> list[str]:
-        """Names of the types of document that it supports."""
-        return [kind if isinstance(kind, str) else kind.__name__ for kind in self.renderers]
+    @cached_property
+    def documents(self) -> Mapping[str, Renderer | str]:
+        """What renders each document that it supports, by the name of its type."""
+        return {kind if isinstance(kind, str) else kind.__name__: each for kind, each in self.renderers.items()}
 
     def renderer(self, document: str) -> Renderer:
-        """Its function for the documents of a type that it supports."""
-        found: Any = dict(zip(self.documents, self.renderers.values(), strict=True))[document]
+        """Its function for the documents of a type that it supports.
+
+        Raises:
+            UsageError: The function cannot be loaded.
+        """
+        found: Any = self.documents[document]
         if isinstance(found, str):
-            module, _, function = found.partition(":")
-            found = getattr(import_module(module), function)
+            found = load_code(
+                found, f'What renders {DOCUMENTS.get(document, document)} as "{self.name}"', UsageError, call=False
+            )
         renderer: Renderer = found
         return renderer
 

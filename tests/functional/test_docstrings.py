@@ -28,6 +28,7 @@ def test_the_example_runs_as_it_stands(name: str, tmp_path: Path, monkeypatch: p
 
 def test_the_public_names_are_what_completion_shows() -> None:
     assert dir(bnprobe) == sorted(bnprobe.__all__)
+    assert dir(bnprobe.records) == sorted(bnprobe.records.__all__)
     assert all(hasattr(bnprobe, name) for name in bnprobe.__all__)
 
 

@@ -81,6 +81,14 @@ def test_a_format_from_outside_works_for_scan_and_lint(model: str) -> None:
         assert Path("found.txt").read_text(encoding="utf-8") == "BN102,info\n"
 
 
+@pytest.mark.parametrize("location", ["bnprobe.report.screen:no_such_function", "no_such_module:render", "no_colon"])
+def test_a_format_whose_function_is_missing(model: str, location: str) -> None:
+    with FORMATS.including(Format("lost", {"LintReport": location})):
+        _, _, error = run("lint", model, "--format", "lost")
+    assert isinstance(error, UsageError)
+    assert str(error).startswith(f'What renders the report of a lint as "lost" ({location}) cannot be loaded: ')
+
+
 @pytest.mark.parametrize("command", [*OF_COMMANDS, "show"])
 def test_help_names_every_format_that_the_command_supports(command: str) -> None:
     def named() -> str:
@@ -147,7 +155,7 @@ def test_another_package_adds_a_format_by_an_entry_point(tmp_path: Path, monkeyp
 
 def test_the_formats_for_people_and_for_programs_support_every_document() -> None:
     for name in ("terminal", "json"):
-        assert FORMATS[name].documents == list(DOCUMENTS), name
+        assert list(FORMATS[name].documents) == list(DOCUMENTS), name
 
 
 def test_files_of_different_formats_have_different_names() -> None:
