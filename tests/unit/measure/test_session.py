@@ -133,3 +133,25 @@ def test_calls_that_vary_from_batch_to_batch() -> None:
     assert sum(layer.calls[0].train.r.histogram.counts) == 5 * 6
     assert sum(layer.calls[1].train.r.histogram.counts) == twice * 6
     assert_same_figures(report, scan(model, DATA, 4, num_batches=5), rel=1e-4)
+
+
+class InEitherOrder(nn.Module):
+    """Calls its two layers in an order that the first image decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] > 0:
+            near, far = self.near(x), self.far(5 * x + 3)
+        else:
+            far, near = self.far(5 * x + 3), self.near(x)
+        return near + far
+
+
+def test_layers_that_are_called_in_another_order_from_batch_to_batch() -> None:
+    model, data = unsettled(InEitherOrder()), images(9, 4, 3)
+    assert len({bool(x[0, 0] > 0) for x in data}) == 2
+    report = scan(model, data, 4, num_batches=9, physical_batch=4)
+    assert_report_matches(report, model, data, 1e-5)
