@@ -111,7 +111,7 @@ class _Waiting:
 
     def add(self, records: Mapping[Slot, Recorded], step: int, first: int) -> int:
         """Add a step, the next micro-batch of which is number ``first``; return how many micro-batches it completes."""
-        ordered = [records[slot] for slot in self.columns.slots]  # a pass may call its layers in another order
+        ordered = [records[slot] for slot in self.columns.slots]  # a pass may make its calls in another order
         mean, variance = (torch.cat([getattr(each, name) for each in ordered], 1) for name in ("mean", "variance"))
         self.moments.append((mean, variance))
         completed = self.rows // self.rows_per_batch - len(self.steps)
@@ -200,7 +200,8 @@ class PathEvidence:
         self, records: Mapping[Slot, Recorded], layers: tuple[ProbedLayer, ...], groups: int | None
     ) -> _Waiting:
         """What waits of these calls, which have the same number of groups per micro-batch, and are in the table."""
-        first, values = next(iter(records.values())), {slot: record.values for slot, record in records.items()}
+        first, slots = next(iter(records.values())), sorted(records, key=self._table.calls.__getitem__)
+        values = {slot: records[slot].values for slot in slots}  # in one order, so that the pool knows its calls again
         samples = groups is None and first.unit == 1
         rows = groups or (self.batch_size if samples else 1)
         waiting = self._waiting.get(groups)

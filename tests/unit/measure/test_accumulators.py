@@ -327,6 +327,23 @@ def test_steps_that_call_their_layers_in_another_order() -> None:
     assert_same(path, add(new(), both, ((0, 0), (1, 0)), mean, variance))
 
 
+def test_the_pool_knows_its_calls_in_any_order() -> None:
+    both, (mean, variance), path = layers(3, 2), statistics(12, 5), new()
+
+    def samples(rows: slice, *indices: int) -> dict[Slot, Recorded]:
+        columns = (slice(0, 3), slice(3, 5))
+        return {(index, 0): record(mean[rows, columns[index]], variance[rows, columns[index]], 1) for index in indices}
+
+    path.add(samples(slice(0, 4), 0, 1), both)
+    path.add(samples(slice(4, 8), 0), both)  # is no sample of both
+    path.add(samples(slice(8, 12), 1, 0), both)
+    pooled = path.pool((((0, 0), (1, 0)),))
+    d = torch.cat([pooled.mean, path[SamplePool].origins([(0, 0), (1, 0)])[None]])
+    eps = torch.cat([layer.info.eps_of_channels for layer in both])
+    expected = torch.cat([mean[:4], mean[8:]]) / (1 + eps) ** 0.5
+    torch.testing.assert_close(d[:-1].double() + d[-1:], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_samples_are_told_from_micro_batches_of_as_many_rows() -> None:
     """On held-out data, where a micro-batch counts as one: samples ran together at first, then real micro-batches."""
     (layer,) = layers(2)
