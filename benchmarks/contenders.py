@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks.setting import BATCH_SIZE
 from bnprobe.commands.scan import scan
 from bnprobe.measure.batch import join
-from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import find_layers
+from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.measure.session import PathName, Session, UserFunctions
 from bnprobe.measure.statistic import Scope
 from bnprobe.records import Report

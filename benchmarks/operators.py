@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ _STEPS = 12
 """Physical batches beyond the first: the sums of several are taken at once."""
 
 _WAITS = ("aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default")
-"""Operators that wait for the device. ``tolist``, by which a pass on CPU is looked at once, is not dispatched."""
+"""Operators that wait for the device."""
+
+_LOOK = "tolist"
+"""The host reads a whole tensor, which is not dispatched: on a device it would wait."""
 
 
 class _Counting(TorchDispatchMode):
@@ -43,8 +47,10 @@ def _path(setting: Setting, name: str, path: PathName) -> list[Row]:
     step = setting.micro_batches()[: physical // BATCH_SIZE]
     once, often = (_counted(Probe(model, step * number, physical), path) for number in (1, 1 + _STEPS))
     plain = sum(_plain(model, torch.cat(step), path == "train").values())
-    added = sum((often - once).values()) / _STEPS
-    waits = sum((often - once)[each] for each in _WAITS) / _STEPS
+    further = often - once
+    looks = further.pop(_LOOK, 0) / _STEPS
+    added, waits = (sum(further[each] for each in kinds) / _STEPS for kinds in (list(further), _WAITS))
+    on_cpu = setting.device.type == "cpu"  # where the host waits for nobody
     return [
         at_most(
             f"{name}, {path} path: operators of a step / of a forward pass in {path} mode",
@@ -52,15 +58,26 @@ def _path(setting: Setting, name: str, path: PathName) -> list[Row]:
             GOAL,
             f"{added:.0f} / {plain}",
         ),
-        Row(f"{name}, {path} path: waits for the device in a step", f"{waits:g}", "0", waits == 0),
+        Row(
+            f"{name}, {path} path: waits for the device in a step",
+            f"{waits:g}, looks of the host: {looks:g}",
+            "0",
+            waits == 0 and (on_cpu or looks == 0),
+        ),
     ]
 
 
 def _counted(probe: Probe, path: PathName) -> Counter[str]:
     probe.run(path)  # what is found once
-    with _Counting() as counting:
+    tolist, looks = torch.Tensor.tolist, Counter[str]()
+
+    def looked(tensor: Tensor) -> Any:
+        looks[_LOOK] += 1
+        return tolist(tensor)
+
+    with _Counting() as counting, patch.object(torch.Tensor, "tolist", looked):
         probe.run(path)
-    return counting.counts
+    return counting.counts + looks
 
 
 @torch.no_grad()

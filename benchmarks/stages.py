@@ -36,7 +36,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "comparison of outputs": ("bnprobe.measure.outputs:OutputSums.measure",),
     "sums over micro-batches": (
         "bnprobe.measure.evidence:Evidence.add",
-        "bnprobe.measure.evidence:PathEvidence.settle",
+        "bnprobe.measure.path_evidence:PathEvidence.settle",
     ),
     "shares and regrouping": ("bnprobe.commands.scan:assemble",),
     "impact": ("bnprobe.measure.further:_measure_impacts", "bnprobe.commands.scan:joint_impacts"),

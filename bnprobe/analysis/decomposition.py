@@ -12,8 +12,9 @@ from operator import add
 import torch
 from torch import Tensor
 
-from bnprobe.measure.evidence import AllCalls, Evidence, PathEvidence, by_layer
+from bnprobe.measure.evidence import Evidence, by_layer
 from bnprobe.measure.forward_pass import Slot
+from bnprobe.measure.path_evidence import AllCalls, PathEvidence
 from bnprobe.records import Composition, Domains, Interval, ShareIntervals, Shares
 from bnprobe.rules.composition import FEWEST_GROUPS
 from bnprobe.stats import ladder

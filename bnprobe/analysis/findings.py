@@ -11,9 +11,10 @@ from bnprobe.analysis.decomposition import Attribution, attribute, beyond_noise,
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import NonFiniteError, NothingToProbeError
 from bnprobe.measure.accumulators import Values
-from bnprobe.measure.evidence import Evidence, PathEvidence, by_layer
+from bnprobe.measure.evidence import Evidence, by_layer
 from bnprobe.measure.forward_pass import Slot
 from bnprobe.measure.layers import ONE_VALUE, ProbedLayer
+from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.numbers import listed, number
 from bnprobe.records import (
     FROZEN,

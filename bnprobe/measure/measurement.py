@@ -11,13 +11,14 @@ from typing import Any
 from bnprobe.errors import UserCodeError
 from bnprobe.loading.samples import count_samples
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, to_device
-from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.extremes import Extremes, checked_further
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.outputs import Contributions, relative_distance
+from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.measure.physical_batch import Emulation, agreement, as_sentence, checked, self_check
 from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.scores import Found, score_outputs

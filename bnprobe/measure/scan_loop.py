@@ -13,10 +13,11 @@ from bnprobe.distributed import ALONE, OPENING, Share, World
 from bnprobe.errors import BnprobeError, DataError, DeviceError, ProcessError, UsageError, UserCodeError
 from bnprobe.loading.order import other_samples
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, to_device
-from bnprobe.measure.evidence import Evidence, PathEvidence
+from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.interrupts import deferred_interrupts
 from bnprobe.measure.measurement import Measurement
+from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.measure.physical_batch import DIFFERENT_SIZES, Batching, plan_batching
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_random_state

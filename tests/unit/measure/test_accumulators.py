@@ -21,9 +21,9 @@ from bnprobe.measure.accumulators import (
     MismatchSums,
     SamplePool,
 )
-from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.forward_pass import Recorded, Slot
 from bnprobe.measure.layers import ProbedLayer, find_layers
+from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.measure.statistic import Statistic, Step
 from bnprobe.stats.moments import corrections, pool_moments
 
@@ -239,8 +239,8 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches() -> None:
 @pytest.mark.parametrize("chunk", [1, 50, 2**19])
 def test_steps_wait_for_each_other_as_long_as_they_are_small(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits is bounded, beside the last step, and a look in between changes nothing."""
-    monkeypatch.setattr("bnprobe.measure.evidence._CHUNK_VALUES", chunk)
-    monkeypatch.setattr("bnprobe.measure.evidence._WAITING_VALUES", chunk // 2)
+    monkeypatch.setattr("bnprobe.measure.path_evidence._CHUNK_VALUES", chunk)
+    monkeypatch.setattr("bnprobe.measure.path_evidence._WAITING_VALUES", chunk // 2)
     both, slots = layers(3, 2), ((0, 0), (1, 0), (1, 1))
     mean, variance = statistics(40, 7)
     whole, parts, looked_at = add(new(), both, slots, mean, variance), new(), new()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from bnprobe.measure.evidence import PathEvidence
 from bnprobe.measure.forward_pass import Recorded
 from bnprobe.measure.layers import find_layers
+from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.stats.intervals import Sums, mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing
 
