@@ -164,7 +164,8 @@ def fitting_eps(
             with _eps(session, layers, eps):
                 trials[eps] = _distances(session, batches, batching, known)
     inputs = {eps: _parts(found.as_loaded, own.as_loaded) for eps, found in trials.items()}
-    telling = {name for parts in inputs.values() for name, part in parts.items() if abs(part - 1) > _SAME_INPUT}
+    always = set.intersection(*map(set, inputs.values())) if inputs else set()  # eps may decide which layers run
+    telling = {name for name in always if any(abs(parts[name] - 1) > _SAME_INPUT for parts in inputs.values())}
     if not telling:
         return None
     best = min(inputs, key=lambda eps: sum(inputs[eps][name] for name in telling))
@@ -225,14 +226,10 @@ def _eps(session: Session, layers: Sequence[ProbedLayer], eps: float) -> Iterato
     """Every layer has another eps while the block runs."""
     before = [(layer.module, layer.module.eps) for layer in layers if hasattr(layer.module, "eps")]
     try:
-        for module, _ in before:
-            setattr(module, "eps", eps)  # noqa: B010 (modules declare no such attribute)
-        session.accept_attributes()
+        session.set_attribute("eps", [(module, eps) for module, _ in before])
         yield
     finally:
-        for module, own in before:
-            setattr(module, "eps", own)  # noqa: B010
-        session.accept_attributes()
+        session.set_attribute("eps", before)
 
 
 def padding_in(micro_batches: Sequence[Any], held_out: Sequence[Any] = ()) -> Padding | None:

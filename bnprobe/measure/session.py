@@ -346,8 +346,11 @@ class Session:
         self._set_flags("eval")
         return frozenset(layer.index for layer in self.layers.layers if layer.module.training)
 
-    def accept_attributes(self) -> None:
-        """Take the attributes of the modules as they are now, where a measurement changes some on purpose."""
+    def set_attribute(self, name: str, values: Iterable[tuple[nn.Module, Any]]) -> None:
+        """Set an attribute of modules, which no pass puts back: a measurement changes it on purpose."""
+        self._state.put_back()  # what the last pass left in other attributes is not meant to stay
+        for module, value in values:
+            setattr(module, name, value)
         self._state.accept_attributes()
 
     @contextmanager

@@ -153,6 +153,27 @@ def test_another_eps_is_found_behind_a_first_layer_that_is_stale_and_counts_in_t
     assert ["eps is 1e-06, and was 0.01" in told[name] for name in ("0", "3")] == [True, True]
 
 
+class InTurn(nn.Module):
+    """Calls its norms, and in every second call another one before them."""
+
+    def __init__(self, norms: nn.Sequential) -> None:
+        super().__init__()
+        self.norms, self.other, self.calls = norms, nn.BatchNorm1d(6), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.norms(x if self.calls % 2 else self.other(x))
+
+
+def test_another_eps_is_tried_on_the_model_as_it_is_deployed() -> None:
+    """Not as a pass left it: what it set is put back before the next one."""
+    plain, data = with_another_eps()
+    model = InTurn(plain)
+    told, expected = (messages_of(scanned(each, data, metric=None)) for each in (model, plain))
+    assert told == {f"norms.{name}": message for name, message in expected.items()}
+    assert model.calls == 0
+
+
 def test_a_layer_whose_input_does_not_depend_on_eps_says_nothing_of_it() -> None:
     assert "eps" not in messages_of(scanned(stale(), batches()))["0"]
 
