@@ -643,21 +643,25 @@ def _versions(output: Any) -> list[int]:
 def _intercepted(model: nn.Module, answer: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
     """Let ``answer`` answer the calls of a model; what is yielded says on the tensors of which batch."""
     positions: dict[int, int] = {}
+    versions: list[int] = []
     original = model.forward
     had_own = "forward" in model.__dict__
 
+    def position_of(leaf: Any) -> int | None:
+        """Of a tensor of the batch that nobody has written into since."""
+        position = positions.get(id(leaf)) if isinstance(leaf, Tensor) else None
+        return None if position is None or _versions(leaf) != versions[position : position + 1] else position
+
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = [
-            positions.get(id(leaf)) if isinstance(leaf, Tensor) else None
-            for leaf in leaves_of([*args, *kwargs.values()])
-        ]
+        given = [position_of(leaf) for leaf in leaves_of([*args, *kwargs.values()])]
         known = tuple(position for position in given if position is not None)
         return answer(original, known if given and len(known) == len(given) else None, args, kwargs)
 
     def known(batch: Any) -> None:
-        nonlocal positions
+        nonlocal positions, versions
         positions = {id(tensor): position for position, tensor in enumerate(tensors_of(batch))}
+        versions = _versions(batch)
 
     # Past the class: it may take no attributes.
     vars(model)["forward"] = forward

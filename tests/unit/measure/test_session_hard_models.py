@@ -151,6 +151,26 @@ def test_a_forward_that_changes_the_output_in_place_is_not_replayed() -> None:
     assert (found.train, found.eval) == pytest.approx((expected.train, expected.eval), rel=1e-5)
 
 
+@pytest.mark.parametrize("function", ["forward", "loss"])
+def test_an_output_for_inputs_that_were_changed_in_place_is_not_replayed(function: str) -> None:
+    (model,) = twins(False, model=Doubling)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0].mul_(3) if function == "forward" else batch[0])
+
+    def loss(model: nn.Module, batch: Any, factor: int = 3 if function == "loss" else 1) -> Tensor:
+        return F.cross_entropy(model(batch[0].mul_(factor)), batch[1])
+
+    expected = []
+    for training in (True, False):
+        copies = [(copy.deepcopy(model).train(training), image.clone(), labels) for image, labels in DATA]
+        with torch.no_grad():
+            expected.append(sum(float(loss(twin, (image, labels))) for twin, image, labels in copies) / len(DATA))
+    found = scan(model, DATA, 4, num_batches=8, loss=loss, forward=forward).summary.output.loss
+    assert found is not None
+    assert (found.train, found.eval) == pytest.approx(expected, rel=1e-5)
+
+
 class Squeezing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
