@@ -19,7 +19,7 @@ from bnprobe.measure.layers import has_random_layers
 from bnprobe.measure.memory import Chunks, Refusal
 from bnprobe.measure.outputs import Contributions, relative_distance
 from bnprobe.measure.path_evidence import PathEvidence
-from bnprobe.measure.physical_batch import Emulation, agreement, as_sentence, checked, self_check
+from bnprobe.measure.physical_batch import Emulation, agreement, agrees_as_far, as_sentence, checked, self_check
 from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.scores import Found, score_outputs
 from bnprobe.measure.session import PathName, Session
@@ -129,10 +129,12 @@ class Measurement:
             return
         self.evidence.batching = replace(batching, emulation=emulation)  # whatever is raised, nothing is left open
         check = None if step is None else agreement(self.session, alone, step.given, step.passes, step.outputs)
-        if check is not None:
+        if check is not None and check.passed:
             emulation = replace(emulation, check=check)
         else:
             emulation, _ = checked(self.session, list(opening), batching.batch_size, self_check)
+            if check is not None:
+                emulation = agrees_as_far(emulation, check)
         self.evidence.batching = replace(batching, emulation=emulation)
         if step is not None and not emulation.trusted:
             raise CannotEmulateError(emulation.reason)
@@ -238,6 +240,7 @@ class Measurement:
         step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
         if per_sample:
             self.evidence.batching.emulation.require_same_sizes(path, step.passes[path])
+            self.evidence.batching.emulation.require_same_calls(path, step.passes[path])
         drew = before is not None and random_state() != before
         step.inputs |= {position for key in recorded for position in key}
         step.scores |= score_outputs(self.session, path, step.apart, recorded, step.size, self.evidence.scores)

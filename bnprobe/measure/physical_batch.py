@@ -57,6 +57,8 @@ _SAID = 120
 
 _NOTHING = "No layer and no output shows whether micro-batches can run together."
 
+_OTHER_CALLS = "the layers are called differently in a larger batch"
+
 DIFFERENT_SIZES = "the micro-batches differ in size"
 """Why they run one by one."""
 
@@ -105,6 +107,18 @@ class Emulation:
         known = self.values.get("train" if path == "steady" else path, {})
         if any(known.get(slot, values) != values for slot, values in _values_per_sample(pass_).items()):
             raise CannotEmulateError("the size of a layer's input changes from batch to batch")
+
+    def require_same_calls(self, path: PathName, pass_: Pass) -> None:
+        """Refuse a pass that called other layers, or in another order, than when this was checked.
+
+        The model then decides by the batch which layers to call, and decided for all micro-batches in it at once.
+
+        Raises:
+            CannotEmulateError: It did.
+        """
+        known = self.values.get(path)
+        if known is not None and list(known) != list(pass_.records):
+            raise CannotEmulateError("which layers are called, or in which order, depends on the batch")
 
 
 @dataclass(frozen=True)
@@ -162,7 +176,7 @@ def agreement(
     passes: Mapping[PathName, Pass],
     outputs: Mapping[PathName, Any],
 ) -> SelfCheck | None:
-    """The self-check by a physical batch: what micro-batches give in it is what they gave alone, but for rounding.
+    """The self-check by a physical batch: whether what micro-batches give in it is what they gave alone, to rounding.
 
     Args:
         alone: What some of them gave.
@@ -170,7 +184,11 @@ def agreement(
         passes, outputs: Of the physical batch, on both paths.
 
     Returns:
-        None where that is not so, or nothing shows it: then ``self_check`` decides.
+        Not passed where they differ by more than rounding does by itself, or None where nothing shows it: then
+        ``self_check`` decides, and ``agrees_as_far`` whether that explains it.
+
+    Raises:
+        CannotEmulateError: The layers saw something else than they did alone.
     """
     floor, number = _unit(session) * _FLOOR, len(micro_batches)
     of_outputs: list[float] = []
@@ -182,7 +200,7 @@ def agreement(
     for path in PATHS:
         pass_, reals = passes[path], [each.passes[path] for each in alone]
         if any(_values_per_sample(real) != _values_per_sample(pass_) for real in reals):
-            return None
+            raise CannotEmulateError(_OTHER_CALLS)
         references, size = _references(reals), pass_.batch_size
         if references:
             of_statistics.append(_largest_difference(session, references, pass_, positions))
@@ -194,7 +212,21 @@ def agreement(
         of_outputs.append(error or 0.0)
     output_error, statistic_error = max(of_outputs), max(of_statistics, default=0.0)
     agrees = max(output_error, statistic_error) <= floor
-    return SelfCheck(output_error, statistic_error, floor, True, None) if agrees else None
+    return SelfCheck(output_error, statistic_error, floor, agrees, None)
+
+
+def agrees_as_far(verdict: Emulation, found: SelfCheck) -> Emulation:
+    """The verdict of ``self_check``, refused where a larger physical batch differs by far more than that explains.
+
+    A model may do something else from some number of samples on, which two micro-batches do not show.
+    """
+    check = verdict.check
+    if not verdict.trusted or check is None or check.float64:  # errors of float64 say nothing about those of float32
+        return verdict
+    tolerance = max(check.tolerance, _AMPLIFICATION * max(check.output_error, check.statistic_error))
+    if max(found.output_error, found.statistic_error) <= tolerance:
+        return verdict
+    return Emulation(False, "The model does something else in a larger batch.", replace(found, tolerance=tolerance), {})
 
 
 def check_samples(session: Session, micro_batches: list[Any], batch_size: int) -> tuple[Emulation, Footprint]:
@@ -269,7 +301,7 @@ def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_s
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
         output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
         if emulated.records.keys() != reals[0].records.keys():
-            raise CannotEmulateError("the layers are called differently in a larger batch")
+            raise CannotEmulateError(_OTHER_CALLS)
     except (CannotEmulateError, UserCodeError) as error:
         return _Comparison(not_emulated(as_sentence(error)), footprint)
     found = _output_error(outputs, output, batch_size * len(micro_batches))

@@ -206,6 +206,46 @@ def test_the_check_names_the_first_layer_behind_the_mixing() -> None:
     assert report.scan.self_check.first_layer == "second.1"
 
 
+class BySize(nn.Module):
+    """Does something else with more than 8 samples."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.skips, self.first, self.second = skips, nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        many = len(x) > 8
+        return self.second(x.exp() if many and self.skips else self.first(3 * x if many else x).exp())
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_what_only_batches_of_more_than_two_micro_batches_show(skips: bool) -> None:
+    together, real = both(unsettled(BySize(skips)), images(8, 4, 3), 4)
+    assert not together.scan.emulated
+    assert_same_figures(together, real, rel=1e-4)
+
+
+class ByFirstSample(nn.Module):
+    def __init__(self, swaps: bool) -> None:
+        super().__init__()
+        self.swaps, self.first, self.second = swaps, nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] > 0:
+            return self.second(self.first(x))
+        return self.first(self.second(x)) if self.swaps else self.second(x)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_which_layers_run_may_be_decided_by_what_only_a_later_batch_holds(swaps: bool) -> None:
+    data = images(12, 4, 3)
+    for position, batch in enumerate(data):
+        batch[0, 0] = 1.0 if position < 8 else -1.0
+    together, real = both(unsettled(ByFirstSample(swaps)), data, 4, physical_batch=16)
+    assert together.scan.emulation.startswith("Later micro-batches run one by one. Which layers are called")
+    assert_same_figures(together, real, rel=1e-4)
+
+
 def test_a_random_forward_pass_cannot_be_checked() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
