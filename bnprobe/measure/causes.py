@@ -37,6 +37,15 @@ EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
 SAMPLES_OF_EPS = 128
 """Population statistics of so many samples show a factor between variances."""
 
+SAMPLES_OF_HINT, _FEWEST_HINTING = 8, 2
+"""So many samples, and so many micro-batches at least, show whether another eps may explain a mismatch."""
+
+_HINT = 0.75
+"""A part of a mismatch that may be less than ``EXPLAINED`` of it on more samples: the rest is noise of so few."""
+
+_SAME_SCALE = 3e-4
+"""An eps that changes the scale of no channel by more than this, relative, is not tried: it would change little."""
+
 _SAME_INPUT = 1e-3
 """A mismatch that another eps changes by no more than this, relative, is of a layer whose input is the same with it."""
 
@@ -135,43 +144,96 @@ def _rows(session: Session, batch: Any, size: int) -> list[Tensor]:
 
 def fitting_eps(
     session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, stale: Sequence[str]
-) -> OtherEps | None:
-    """The eps, in all layers, that the statistics of stale layers fit best; None where none can be tried.
+) -> tuple[OtherEps | None, int]:
+    """The eps, in all layers, that the statistics of stale layers fit best, and the samples it was tried on.
 
     A layer multiplies by 1 / sqrt(variance + eps), so weights that were trained with another eps give the next layers
     inputs that are off by sqrt((v + e) / (v + eps)) in each channel, and no statistics explain it. Where that shows in
     some layer, the eps is known, and it counts in every layer: a small eps makes much of what a large one hides.
     Otherwise nothing is said of layers whose input does not depend on eps, as of the first or the only one.
 
+    Every eps takes a pass. So all are tried on a few samples, and again on more only where that gives a hint: most
+    statistics are stale for other reasons.
+
     Args:
         session: Installed.
         micro_batches: On the host; the first ones are enough.
         batching: How they run.
         stale: Names of the layers that look stale.
+
+    Returns:
+        None for the eps where none can be tried.
     """
     layers = [layer for layer in session.layers.layers if layer.info.running_mean is not None]
     known = [layer for layer in layers if layer.name in stale]
-    batches = micro_batches[: max(1, SAMPLES_OF_EPS // batching.batch_size)]
-    if not known or not batches:
-        return None
-    trials: dict[float, _Distances] = {}
+    enough = micro_batches[: max(1, SAMPLES_OF_EPS // batching.batch_size)]
+    if not known or not enough:
+        return None, 0
+    # From all over them, since neighbours may be of one kind.
+    few = enough[:: max(1, len(enough) // max(_FEWEST_HINTING, SAMPLES_OF_HINT // batching.batch_size))]
+    trials = _trials(session, few, batching, layers, known)
+    used = few
+    if len(few) < len(enough) and trials.hint:
+        trials, used = _trials(session, enough, batching, layers, known), enough
+    return trials.best(), sum(batch.samples for batch in used)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """What each eps leaves of the mismatch of each layer, as a part of it.
+
+    Attributes:
+        own: With that eps in the layer, too.
+        as_loaded: The layer itself has the eps that it was loaded with: other than 1 only where its input changes.
+    """
+
+    own: Mapping[float, Mapping[str, float]]
+    as_loaded: Mapping[float, Mapping[str, float]]
+
+    @property
+    def hint(self) -> bool:
+        """Whether an eps may explain some mismatch."""
+        return any(part <= _HINT for parts in self.as_loaded.values() for part in parts.values())
+
+    def best(self) -> OtherEps | None:
+        """The eps that leaves least, of the layers whose input depends on it; None where there is no such layer."""
+        inputs = self.as_loaded
+        always = set.intersection(*map(set, inputs.values())) if inputs else set()  # eps may decide which layers run
+        telling = {name for name in always if any(abs(parts[name] - 1) > _SAME_INPUT for parts in inputs.values())}
+        if not telling:
+            return None
+        best = min(inputs, key=lambda eps: sum(inputs[eps][name] for name in telling))
+        if min(inputs[best].values()) <= EXPLAINED:
+            return OtherEps(best, self.own[best])
+        return OtherEps(best, {name: inputs[best][name] for name in telling})
+
+
+def _trials(
+    session: Session,
+    micro_batches: Sequence[MicroBatch],
+    batching: Batching,
+    layers: Sequence[ProbedLayer],
+    known: Sequence[ProbedLayer],
+) -> _Trials:
+    found: dict[float, _Distances] = {}
+    own = _Distances({}, {}, math.inf)
     with suppress(BnprobeError, CannotEmulateError):
-        own = _distances(session, batches, batching, known)
+        own = _distances(session, micro_batches, batching, known)
         for eps in EPS:
-            if all(_eps_of(layer) == eps for layer in layers):
-                trials[eps] = own
+            if all(_is_alike(_eps_of(layer), eps, own.least_variance) for layer in layers):
+                found[eps] = own
                 continue
             with _eps(session, layers, eps):
-                trials[eps] = _distances(session, batches, batching, known)
-    inputs = {eps: _parts(found.as_loaded, own.as_loaded) for eps, found in trials.items()}
-    always = set.intersection(*map(set, inputs.values())) if inputs else set()  # eps may decide which layers run
-    telling = {name for name in always if any(abs(parts[name] - 1) > _SAME_INPUT for parts in inputs.values())}
-    if not telling:
-        return None
-    best = min(inputs, key=lambda eps: sum(inputs[eps][name] for name in telling))
-    if min(inputs[best].values()) <= EXPLAINED:
-        return OtherEps(best, _parts(trials[best].own, own.own))
-    return OtherEps(best, {name: inputs[best][name] for name in telling})
+                found[eps] = _distances(session, micro_batches, batching, known)
+    return _Trials(
+        {eps: _parts(each.own, own.own) for eps, each in found.items()},
+        {eps: _parts(each.as_loaded, own.as_loaded) for eps, each in found.items()},
+    )
+
+
+def _is_alike(eps: float, other: float, variance: float) -> bool:
+    """Whether a layer scales channels of this variance, or a larger one, alike with both."""
+    return eps == other or abs(math.sqrt((variance + eps) / (variance + other)) - 1) < _SAME_SCALE
 
 
 @dataclass(frozen=True)
@@ -181,10 +243,12 @@ class _Distances:
     Attributes:
         own: With the eps that the layers have at the time.
         as_loaded: With the eps that they were loaded with: it changes only where their input does.
+        least_variance: The smallest variance that any layer normalized a channel with, on average.
     """
 
     own: Mapping[str, float]
     as_loaded: Mapping[str, float]
+    least_variance: float
 
 
 def _parts(found: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
@@ -196,9 +260,11 @@ def _distances(
 ) -> _Distances:
     """With batch statistics, so that what is stale in earlier layers does not matter."""
     sums: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    least: list[Tensor] = []
 
     def add(batches: list[Any], size: int, outputs: Outputs, pass_: Pass) -> None:
         for (index, _), record in pass_.records.items():
+            least.append(record.variance.mean(0).min())
             unbiased = record.variance * bessel(record.values)
             sums.setdefault(index, []).append((record.mean, unbiased))
 
@@ -214,7 +280,7 @@ def _distances(
             scale = (spread.double() + eps).sqrt()
             shift, ratio = (mean - running.double()) / scale, (variance + eps).sqrt() / scale
             found[layer.name] = float((shift.square() + (ratio - 1).square()).mean())
-    return _Distances(own, as_loaded)
+    return _Distances(own, as_loaded, float(torch.stack(least).min()) if least else 0.0)
 
 
 def _eps_of(layer: ProbedLayer) -> float:

@@ -22,7 +22,6 @@ from bnprobe.loading.model import user_code
 from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.measure.batch import MicroBatch, to_device
 from bnprobe.measure.causes import (
-    SAMPLES_OF_EPS,
     batch_dependence,
     chance_levels,
     fitting_eps,
@@ -368,6 +367,8 @@ def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wa
         with found.counted("chance", "what outputs of other samples score", sum(sizes[:most])):
             found.chance = chance_levels(session, evidence.counted[:most], evidence.batching)
     if wanted.stale:
-        with found.counted("eps", "whether the statistics fit another eps", min(sum(sizes), SAMPLES_OF_EPS)):
-            found.other_eps = fitting_eps(session, evidence.counted, evidence.batching, wanted.stale)
+        started = time.perf_counter()
+        found.other_eps, samples = fitting_eps(session, evidence.counted, evidence.batching, wanted.stale)
+        reason = "whether the statistics fit another eps"
+        found.passes.append(ExtraPass("eps", reason, samples, time.perf_counter() - started))
         found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnprobe import scan
-from bnprobe.measure.causes import padding_in, random_layers_before
+from bnprobe.measure.causes import SAMPLES_OF_EPS, SAMPLES_OF_HINT, padding_in, random_layers_before
 from bnprobe.measure.layers import anatomy, find_layers
 from bnprobe.records import Report
 from support.running import session_of
@@ -184,6 +184,37 @@ def test_another_eps_is_tried_only_where_statistics_are_stale() -> None:
     assert small.diagnoses[0].cause == "small_batch"
     assert old.diagnoses[0].cause == "lag"
     assert ["eps" in {each.name for each in report.scan.passes} for report in (small, old)] == [False, True]
+
+
+def test_another_eps_is_tried_on_more_samples_only_where_few_give_a_hint() -> None:
+    model, data = with_another_eps()
+    x, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    small = list(zip(x.split(4), labels.split(4), strict=True))
+    of_eps, old = scanned(model, small, metric=None), scanned(stale(), batches(4))
+    assert "eps is 1e-06, and was 0.01 when the weights were trained" in messages_of(of_eps)["3"]
+    tried = [next(each.images for each in report.scan.passes if each.name == "eps") for report in (of_eps, old)]
+    assert tried == [SAMPLES_OF_EPS, SAMPLES_OF_HINT]
+
+
+USED: set[float] = set()
+"""Every eps that ``Noting`` was called with; a scan would put back what hangs on the module."""
+
+
+class Noting(nn.Module):
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        USED.add(self.model[0].eps)
+        return self.model(x)
+
+
+def test_an_eps_that_scales_no_channel_otherwise_is_not_tried() -> None:
+    """Beside variances of one and more, as those of this data, 1e-6 and 1e-8 are what 1e-5 is."""
+    USED.clear()
+    scanned(Noting(stale()), batches(32))
+    assert sorted(USED) == [1e-5, 1e-3, 1e-2]
 
 
 def test_random_layers_are_traced_through_convolutions() -> None:
