@@ -259,7 +259,7 @@ class Session:
         """Run the model on a copy of a batch that is on the device, as ``pass_`` says; the moments go there.
 
         A copy, since a model may write into its input, and every pass is to see the same values. Where the moments of a
-        call lost digits, the model runs once more, from the same random state, and that call is computed with care.
+        call lost digits, the model runs again, from the same random state, and that call is computed with care.
 
         Returns:
             What forward returned, and what the model itself returned on the way, for ``call`` to use again.
@@ -274,14 +274,13 @@ class Session:
         pass_.careful = self._careful
         before = [*keep_random_state(), *self._state.keep_generators()]
         found = self._run(path, batch, pass_)
-        uncertain = pass_.compute_moments()
-        self._careful |= uncertain  # from now on they are looked at by themselves
-        if uncertain:
+        # More than once: what a call loses changes what later ones are given.
+        while uncertain := pass_.compute_moments():
+            self._careful |= uncertain  # from now on they are looked at by themselves
             del found  # which may hold a graph
             pass_.restart()
             run_all(before)
             found = self._run(path, batch, pass_)
-            pass_.compute_moments()
         if isinstance(found, EndOfPass):
             raise found
         return found

@@ -1,4 +1,4 @@
-"""Moments of all calls are computed at the end of a pass; where digits were lost, the pass runs once more."""
+"""Moments of all calls are computed at the end of a pass; where digits were lost, the pass runs again."""
 
 from __future__ import annotations
 
@@ -152,6 +152,30 @@ def test_a_pass_that_lost_digits_runs_once_more(path: Any) -> None:
     for found in (first, again):
         torch.testing.assert_close(found.records[0, 0].variance, variance, rtol=1e-4, atol=0)
         torch.testing.assert_close(found.records[0, 0].mean, mean, rtol=1e-6, atol=0)
+
+
+class FarTwice(nn.Module):
+    """The mean of a second layer is far from zero only where the first one normalizes as it should."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = (self.first(x + 1e4).std() - 1).abs() - 0.1
+        output: Tensor = self.second(x * (1 + 1000 * off.relu()) + 100)
+        return output
+
+
+def test_digits_that_a_layer_loses_only_once_another_has_its_own() -> None:
+    [x] = images(1, 4, 3, 6, 6)
+    session = session_of(FarTwice())
+    with session.installed():
+        pass_ = Pass(4, 2)
+        session.forward("train", x, pass_)
+    mean, variance = by_hand(x + 100, 2)
+    torch.testing.assert_close(pass_.records[1, 0].mean, mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(pass_.records[1, 0].variance, variance, rtol=1e-5, atol=0)
 
 
 class FarWithNoise(Far):
