@@ -151,11 +151,11 @@ def draw(
 def regrouped_batches(images: int, size: int) -> int:
     """How many micro-batches ``draw`` forms from a pool of ``images`` samples."""
     groups = images // size
-    return groups * _number_of_orders(groups) if groups else 0
+    return groups * _number_of_orders(groups, size) if groups else 0
 
 
-def _number_of_orders(groups: int) -> int:
-    fewest, most = _ORDERS
+def _number_of_orders(groups: int, size: int) -> int:
+    fewest, most = _ORDERS if size > 1 else (1, 1)  # for single samples every order gives the same
     return min(max(fewest, math.ceil(REGROUPED / groups)), most)
 
 
@@ -163,7 +163,7 @@ def _orders(images: int, size: int, seed: int) -> Int[Tensor, "orders groups siz
     """Random orders of the first samples that fill whole micro-batches."""
     groups = images // size
     generator = torch.Generator().manual_seed(seed)
-    number = _number_of_orders(groups) if size > 1 else 1  # for single samples every order gives the same
+    number = _number_of_orders(groups, size)
     drawn = [torch.randperm(groups * size, generator=generator) for _ in range(number)]
     return torch.stack(drawn).view(number, groups, size)
 

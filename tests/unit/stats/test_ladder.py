@@ -336,3 +336,4 @@ def test_number_of_regrouped_batches() -> None:
     assert regrouped_batches(64, 8) == 16 * 8
     assert regrouped_batches(100, 64) == 16
     assert regrouped_batches(10, 64) == 0
+    assert regrouped_batches(32, 1) == _orders(32, 1, seed=0).shape[:2].numel() == 32
