@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from bnprobe.errors import BnprobeError
-from bnprobe.measure.accumulators import (
-    LayerMismatch,
-    MismatchSums,
-)
+from bnprobe.measure.accumulators import LayerMismatch, MismatchSums
 from bnprobe.measure.batch import MicroBatch
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet
@@ -240,12 +237,14 @@ class Evidence:
                 self.values.setdefault(slot, record.values)
                 self.rows.setdefault(slot, record.rows)
                 self.called[name].add(slot[0])
+                if record.by_batch:
+                    self.by_batch[name].add(slot[0])
             self.entered |= pass_.entered
             self.functional |= pass_.functional
         for name in ("train", "steady"):
             if name in passes:
-                self.paths[name].add(self._comparable(name, passes[name], by_batch=True), self.layers.layers)
-        records = self._comparable("eval", passes["eval"], by_batch=False)
+                self.paths[name].add(self._comparable(passes[name], by_batch=True), self.layers.layers)
+        records = self._comparable(passes["eval"], by_batch=False)
         # Real micro-batches say nothing about batches of another size.
         others = self.batch_sizes.values() if self.batching.emulation.trusted else ()
         for path in (self.eval, *others):
@@ -358,10 +357,9 @@ class Evidence:
         """How far the outputs of the two paths are apart."""
         return replace(self.outputs.compute(self.scores), repeat=self.repeat)
 
-    def _comparable(self, path: PathName, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
+    def _comparable(self, pass_: Pass, by_batch: bool) -> dict[Slot, Recorded]:
         """The calls that normalize as this path should, of selected layers with running statistics."""
         layers = self.layers.layers
-        self.by_batch[path] |= {index for (index, _), record in pass_.records.items() if record.by_batch}
         return {
             slot: record
             for slot, record in pass_.records.items()

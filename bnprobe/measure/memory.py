@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,12 +48,6 @@ class Footprint:
 
     total: int
     largest: int
-
-    @classmethod
-    def of(cls, inputs: Iterable[int], samples: int) -> Footprint:
-        """By the bytes of the inputs of all layers, for so many samples."""
-        sizes = [size // samples for size in inputs]
-        return cls(sum(sizes), max(sizes, default=0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

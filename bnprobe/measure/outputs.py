@@ -133,10 +133,7 @@ class OutputSums:
         if any(one.shape != other.shape for one, other in pairs):
             self._different_shapes = True
             return {}
-        found: Contributions = {}
-        if pairs:
-            found["difference"] = sum((square_norm(one - other) for one, other in pairs), start=_zero(pairs))
-            found["norm"] = sum((square_norm(other) for _, other in pairs), start=_zero(pairs))
+        found = _distance(pairs) if pairs else {}
         if not self._looked_for_scores:
             self._scores = find_class_scores(batch, inputs, [other for _, other in pairs])
             self._looked_for_scores = True
@@ -204,8 +201,13 @@ class OutputSums:
                 yield f"The {measure} is NaN or Inf {' and '.join(bad)}."
 
 
-def _zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
+def _distance(pairs: list[tuple[Tensor, Tensor]]) -> Contributions:
+    """||one - other||^2 and ||other||^2 over all pairs."""
+    zero = torch.zeros((), dtype=torch.float64, device=pairs[0][0].device)
+    return {
+        "difference": sum((square_norm(one - other) for one, other in pairs), start=zero),
+        "norm": sum((square_norm(other) for _, other in pairs), start=zero),
+    }
 
 
 def floating(output: Any) -> list[Tensor]:
@@ -224,10 +226,7 @@ def relative_distance(one: Any, other: Any) -> float | None:
     pairs = list(zip(floating(one), floating(other), strict=False))
     if not pairs or any(left.shape != right.shape for left, right in pairs):
         return None
-    totals = {
-        "difference": float(sum((square_norm(left - right) for left, right in pairs), start=_zero(pairs))),
-        "norm": float(sum((square_norm(right) for _, right in pairs), start=_zero(pairs))),
-    }
+    totals = {name: float(value) for name, value in _distance(pairs).items()}
     squared = _ratio(totals, "difference", "norm")
     return None if squared is None else squared**0.5
 

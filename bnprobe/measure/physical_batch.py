@@ -252,9 +252,9 @@ def _worse(verdict: Emulation, inference: Emulation) -> Emulation:
     return replace(verdict, check=worst, layouts=layouts, values=values)
 
 
-def _footprint(pass_: Pass) -> Footprint:
+def footprint_of(pass_: Pass) -> Footprint:
     """What a sample takes in memory."""
-    sizes = [record.bytes // pass_.batch_size for record in pass_.records.values()]
+    sizes = [record.bytes // pass_.samples for record in pass_.records.values()]
     return Footprint(total=sum(sizes), largest=max(sizes, default=0))
 
 
@@ -296,7 +296,7 @@ _COMPARED: dict[PathName, Literal["train", "steady", "eval"]] = {"check train": 
 def _compare(session: Session, path: PathName, micro_batches: list[Any], batch_size: int) -> _Comparison:
     reals = [Pass(batch_size, batch_size) for _ in micro_batches]
     outputs = [session.forward(path, batch, real)[0] for batch, real in zip(micro_batches, reals, strict=True)]
-    footprint = _footprint(reals[0])
+    footprint = footprint_of(reals[0])
     try:
         emulated = Pass(batch_size * len(micro_batches), batch_size, references=_references(reals))
         output, _ = session.forward(path, join(micro_batches, batch_size), emulated)
@@ -663,7 +663,7 @@ def _on_trust(session: Session, own: list[Any], size: int) -> tuple[Emulation, F
         return None
     values: dict[str, Mapping[Slot, float]] = {path: _values_per_sample(explored.passes[path]) for path in PATHS}
     emulation = Emulation(True, _reason(True, False, size), None, {}, values, alone)
-    return emulation, _footprint(explored.passes["train"])
+    return emulation, footprint_of(explored.passes["train"])
 
 
 def checked(session: Session, opening: list[Any], size: int, check: Check) -> tuple[Emulation, Footprint]:

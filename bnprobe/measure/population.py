@@ -28,7 +28,16 @@ from bnprobe.measure.memory import (
     plan_small,
     samples_in_memory,
 )
-from bnprobe.measure.physical_batch import Batching, Check, Emulation, check_samples, checked, not_emulated, self_check
+from bnprobe.measure.physical_batch import (
+    Batching,
+    Check,
+    Emulation,
+    check_samples,
+    checked,
+    footprint_of,
+    not_emulated,
+    self_check,
+)
 from bnprobe.measure.reader import KEPT_BYTES
 from bnprobe.measure.restore import random_state
 from bnprobe.measure.session import Progress, Session
@@ -148,7 +157,7 @@ def steady_population(
         if part is not None:
             batching.emulation.require_same_sizes("steady", pass_)
         draws = random_state() != before if draws is None else draws
-        found = Footprint.of((record.bytes for record in pass_.records.values()), batch.samples)
+        found = footprint_of(pass_)
         footprint = Footprint(max(footprint.total, found.total), max(footprint.largest, found.largest))
         return own_records(session, pass_), batch.samples / batching.batch_size
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import ALONE, OPENING, Share, World
@@ -25,7 +24,7 @@ from bnprobe.measure.scores import score_outputs, why_unscored
 from bnprobe.measure.session import PATHS, Progress, Session
 from bnprobe.records import MEASURES, StopReason
 from bnprobe.rules.shares import deciding_limit, noise_limit
-from bnprobe.stats.intervals import Sums, mean_interval
+from bnprobe.stats.intervals import mean_interval
 from bnprobe.stats.theory import mismatch_iid, standing
 from bnprobe.wording import option
 
@@ -44,8 +43,6 @@ that is far off, but not what that does to an accuracy."""
 
 SCORING_SECONDS = 60.0
 """No micro-batch is scored, after the layers are decided, once this time has passed."""
-
-Addend = TypeVar("Addend", Sums, float)
 
 CAUGHT = (KeyboardInterrupt, UserCodeError, DataError, DeviceError)
 """Errors that end a measurement but keep what was measured so far."""

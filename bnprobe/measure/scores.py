@@ -18,8 +18,8 @@ from bnprobe.loading.model import BatchFunction
 from bnprobe.loading.returned import one_number
 from bnprobe.measure.batch import CannotEmulateError, MicroBatch, copy_tensors, join, one_by_one, to_device
 from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass
-from bnprobe.measure.memory import SMALL_SAMPLES, Footprint, Result, plan_small
-from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.memory import SMALL_SAMPLES, Result, plan_small
+from bnprobe.measure.physical_batch import Batching, footprint_of
 from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.session import Outputs, PathName, Session, outputs_one_by_one, rows_of
 from bnprobe.records import MEASURES, Measure, Score
@@ -383,8 +383,7 @@ def run_together(
         pass_.batch_size = group if group and size % group == 0 else size
         _, outputs = session.forward(path, to_device(join(batches, size), session.device), pass_)
         if may_grow and chunks.at_once == batching.at_once and random_state() == before:
-            footprint = Footprint.of((record.bytes for record in pass_.records.values()), size * len(chunk))
-            chunks.at_once = max(chunks.at_once, plan_small(footprint, session.device) // size)
+            chunks.at_once = max(chunks.at_once, plan_small(footprint_of(pass_), session.device) // size)
         may_grow = False
         return use([to_device(batch, session.device) for batch in batches], size, outputs, pass_)
 
