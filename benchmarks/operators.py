@@ -49,7 +49,7 @@ def _path(setting: Setting, name: str, path: PathName) -> list[Row]:
     plain = sum(_plain(model, torch.cat(step), path == "train").values())
     further = often - once
     looks = further.pop(_LOOK, 0) / _STEPS
-    added, waits = (sum(further[each] for each in kinds) / _STEPS for kinds in (list(further), _WAITS))
+    added, waits = further.total() / _STEPS, sum(further[each] for each in _WAITS) / _STEPS
     on_cpu = setting.device.type == "cpu"  # where the host waits for nobody
     return [
         at_most(

@@ -81,8 +81,7 @@ def rows(setting: Setting) -> list[Row]:
 def _cost(what: str, measured: list[Rounds], goal: float | None) -> Row:
     ratios = [rounds.ratio(_OURS, _PLAIN) for rounds in measured]
     detail = f"by shape {min(ratios):.2f} to {max(ratios):.2f}"
-    row = at_most(what, _geometric_mean(ratios), goal or math.inf, detail)
-    return row if goal else Row(row.what, row.figure)
+    return at_most(what, _geometric_mean(ratios), goal, detail)
 
 
 def _compiled(setting: Setting) -> Row:

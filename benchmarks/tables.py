@@ -22,9 +22,10 @@ class Row:
     met: bool | None = None
 
 
-def at_most(what: str, ratio: float, goal: float, detail: str) -> Row:
-    """A relative cost, which should be small."""
-    return Row(what, f"{ratio:.2f} x ({detail})", f"at most {goal:g} x", ratio <= goal)
+def at_most(what: str, ratio: float, goal: float | None, detail: str) -> Row:
+    """A relative cost, which should be small; None: without a goal."""
+    figure = f"{ratio:.2f} x ({detail})"
+    return Row(what, figure) if goal is None else Row(what, figure, f"at most {goal:g} x", ratio <= goal)
 
 
 def at_least(what: str, ratio: float, goal: float, detail: str) -> Row:
