@@ -179,9 +179,11 @@ class Evidence:
         tests = len(calls) * segments.sizes
         samples = segments.spread(sums.counts.sum(0)) * size
         between = means.d_squared[0] - means.d[0].square()
-        within = (reduce(add, squares).sum(0) / samples - means.d[0].square()) / size
+        total = reduce(add, squares).sum(0)
+        within = (total / samples - means.d[0].square()) / size
         excess = segments.mean(between - within).clamp(min=0)
-        return torch.where(torch.stack(p_values).amin(0) * tests >= COMPOSITION_P, 0.0, excess)
+        unknown = segments.mean(total) == 0  # of a family that groups rows itself no samples are added
+        return torch.where((torch.stack(p_values).amin(0) * tests >= COMPOSITION_P) | unknown, 0.0, excess)
 
     def side_by_side(
         self, calls: Mapping[int, Sequence[Slot]], *known: Container[Slot]

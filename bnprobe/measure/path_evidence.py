@@ -139,7 +139,8 @@ class PathEvidence:
         batches, new = 0, not records.keys() <= self._table.calls.keys()
         if new:
             self._make_room(records, layers)
-        for groups in dict.fromkeys(record.groups for record in records.values()):
+        # Micro-batches of this size are counted by the calls that have such, where there are any: they come last.
+        for groups in sorted({record.groups for record in records.values()}, key=lambda each: (each is None, each)):
             chosen = {slot: record for slot, record in records.items() if record.groups == groups}
             batches = self._waiting_for(chosen, layers, groups).add(chosen, self._steps, self.batches)
         if records:

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import bnprobe
+from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import ModelError
+from bnprobe.measure.evidence import Evidence, by_layer
+from bnprobe.measure.reader import Reader
+from bnprobe.measure.scan_loop import probe
+from bnprobe.measure.session import no_progress
 from bnprobe.nn import GhostBatchNorm2d
+from support.running import session_of
 
 SIZE, GHOST, BATCHES = 6, 2, 16
 
@@ -64,3 +70,27 @@ def test_parts_of_the_whole_batch_are_bn() -> None:
 def test_parts_of_different_sizes_are_refused() -> None:
     with pytest.raises(ModelError, match=r"a batch of 5 rows has 3 parts of at most 2 \(virtual_batch_size\)"):
         bnprobe.scan(network(), batches(5), 5, num_batches=4)
+
+
+def measured(model: nn.Module) -> Evidence:
+    """What a scan measures, also for batches of twice the size."""
+    session, reader = session_of(model), Reader([x for (x,) in batches()], SIZE)
+    with session.installed():
+        evidence = probe(session, reader, ScanSettings(batches=BATCHES, batch_sizes=(2 * SIZE,)), no_progress)
+    assert evidence is not None
+    return evidence
+
+
+def test_batches_are_not_said_to_be_composed_where_samples_are_not_told_apart() -> None:
+    evidence = measured(network())
+    [(indices, calls)] = evidence.side_by_side(by_layer(evidence.eval.calls))
+    assert indices == [0, 1]
+    for path in (evidence.eval, evidence.batch_sizes[2 * SIZE]):
+        assert evidence.composed(calls, path).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("plain", [1, 4])
+def test_a_layer_beside_one_of_plain_bn_does_not_change_the_number_of_larger_batches(plain: int) -> None:
+    model = network()
+    model[plain] = nn.BatchNorm2d(8)
+    assert measured(model).batch_sizes[2 * SIZE].batches == BATCHES // 2
