@@ -46,8 +46,11 @@ class ClassScores:
             labels = target.argmax(1) if target.is_floating_point() else target
             hits = torch.stack([(scores.argmax(1) == labels).sum() for scores in (train, eval_)]).max()
             # Others are to be ignored: -100, or 255 as segmentation data has it, which the first batch need not hold.
-            known = labels[(labels >= 0) & (labels < eval_.shape[1])].long()
-            found |= {"hits": hits.double(), "labels": torch.bincount(known, minlength=eval_.shape[1]).double()}
+            known = (labels >= 0) & (labels < eval_.shape[1])
+            counts = divergence.new_zeros(eval_.shape[1])
+            # To leave the others out by their places, or to call bincount, would wait for the device.
+            counts.index_add_(0, labels.where(known, 0).long().flatten(), known.flatten().double())
+            found |= {"hits": hits.double(), "labels": counts}
         return found
 
     def _divergence(self, train: Tensor, eval_: Tensor) -> Tensor:

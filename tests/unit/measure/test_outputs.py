@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnprobe.commands.scan import scan
 from bnprobe.config.spec import ScanSettings
 from bnprobe.errors import DataError, UserCodeError
 from bnprobe.measure.batch import MicroBatch
+from bnprobe.measure.outputs import ClassScores
 from bnprobe.measure.physical_batch import Batching, Emulation
 from bnprobe.measure.scores import ScoreTable, score_batches
 from bnprobe.measure.session import Session, UserFunctions
@@ -404,3 +406,16 @@ def test_loss_and_metric_go_on_after_the_layers_are_decided() -> None:
     assert gap.inconsistency == pytest.approx(exact.inconsistency)
     assert gap.inconsistency_interval == pytest.approx(exact.inconsistency_interval)
     assert scan(model, data, 4, loss=cross_entropy, max_batches=20).summary.gaps[0].samples <= 80
+
+
+def test_labels_are_counted_by_class_but_for_those_to_be_ignored() -> None:
+    scores, labels = torch.randn(2, 3, 4), torch.tensor([[0, 2, 2, -100], [255, 1, 2, 3]])
+    found = ClassScores(0, False, 1).measure(scores, scores + 1, labels)
+    assert found["labels"].tolist() == [1.0, 1.0, 3.0]
+
+
+def test_class_scores_are_compared_without_a_look_at_values() -> None:
+    """A GPU would be waited for in every step."""
+    with FakeTensorMode():  # has no values to look at
+        scores, labels = torch.randn(8, 3), torch.randint(3, (8,))
+        ClassScores(0, False, 1).measure(scores, scores + 1, labels)
