@@ -257,10 +257,10 @@ class Pass:
         moments: Record the moments of layers that normalize with running statistics, too.
         watch: Sees the calls of ``F.batch_norm``.
         immediate: The records are read while the pass runs, so that no call waits for ``compute_moments``.
-        exact: No moments have waited for ``compute_moments`` where digits were lost: every call looks at its sums at
-            once, and is put into ``careful`` if need be.
         careful: The calls whose moments are checked for cancellation at once, and computed again where digits were
             lost; None: all. The others wait for ``compute_moments``.
+        exact: Every other call looks at its own sums at once as well; where digits were lost it is put into
+            ``careful``, so that the pass need not run again.
         leaves: Not None: where a layer uses its running statistics, its scale and shift become leaves of the graph, one
             row for each unit of what is recorded, and are put here. Needs grad mode; layers that normalize with batch
             statistics are differentiated through these, of one micro-batch per pass.
@@ -283,8 +283,8 @@ class Pass:
     moments: bool = True
     watch: Watch | None = None
     immediate: bool = False
-    exact: bool = False
     careful: set[Slot] | None = None
+    exact: bool = False
     records: dict[Slot, Recorded] = field(default_factory=dict)
     domains: dict[Slot, int | None] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)

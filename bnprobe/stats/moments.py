@@ -88,7 +88,7 @@ class RowSums:
 
 
 def row_sums(x: Float[Tensor, "rows channels *space"]) -> RowSums:
-    """Of each row and channel over the spatial positions: at most two operators."""
+    """Of each row and channel over the spatial positions: three operators for a contiguous input of usual size."""
     if x.dim() == 2 or x.shape[2:].numel() == 1:
         mean = x.flatten(1).to(wide(x.dtype), copy=True)  # the input may be written into before they are pooled
         return RowSums(mean, torch.zeros_like(mean), None)
