@@ -14,7 +14,16 @@ from typing import TextIO
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from bnprobe.cli.streams import forget_odd_sizes, say, start, write_out, writing_to
@@ -152,8 +161,22 @@ class _RateColumn(TextColumn):
         return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
 
 
+class _CountColumn(MofNCompleteColumn):
+    """How many of how many are done, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
+class _LeftColumn(TimeRemainingColumn):
+    """The time that is left, or where that is not known the time that has passed."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else TimeElapsedColumn().render(task)
+
+
 @contextmanager
-def progress_bar(shown: bool = True, noun: str = "micro-batches") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(shown: bool = True, noun: str = "micro-batches") -> Iterator[ScanUpdates]:
     """A progress bar with rate and remaining time; nothing if stderr is not a terminal, or not ``shown``.
 
     Args:
@@ -161,7 +184,7 @@ def progress_bar(shown: bool = True, noun: str = "micro-batches") -> Iterator[Ca
         noun: What is counted.
     """
     with _scan_bar(shown) as bar:
-        yield _scan_updates(bar, noun)
+        yield ScanUpdates(bar, noun)
 
 
 @contextmanager
@@ -179,7 +202,7 @@ def repair_bars(shown: bool = True) -> Iterator[tuple[Callable[[int, int], None]
         A function to call with the micro-batches done and planned, and one to call with each training step.
     """
     scan, training = _scan_bar(shown), _training_bar(shown)
-    show_scan, show_step = _scan_updates(scan), _training_updates(training, shown)
+    show_scan, show_step = ScanUpdates(scan), _training_updates(training, shown)
 
     def update_scan(done: int, planned: int) -> None:
         training.stop()
@@ -204,9 +227,9 @@ def _scan_bar(shown: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=_BAR_WIDTH),
-        MofNCompleteColumn(),
+        _CountColumn(),
         _RateColumn(),
-        TimeRemainingColumn(),
+        _LeftColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not (shown and _moves(console)))
 
@@ -216,15 +239,23 @@ def _moves(console: Console) -> bool:
     return console.is_terminal and console.file.isatty()
 
 
-def _scan_updates(bar: Progress, noun: str = "micro-batches") -> Callable[[int, int], None]:
-    task = bar.add_task("loading", total=None)
+class ScanUpdates:
+    """The bar of a scan: call it with what is done and planned, and ``announce`` what is measured after that."""
 
-    def update(done: int, planned: int) -> None:
-        if done < bar.tasks[0].completed:  # another scan, with its own rate
-            bar.reset(task)
-        bar.update(task, description=noun, completed=done, total=planned)
+    def __init__(self, bar: Progress, noun: str = "micro-batches") -> None:
+        self._bar, self._noun = bar, noun
+        self._task = bar.add_task("loading", total=None)
 
-    return update
+    def __call__(self, done: int, planned: int) -> None:
+        """Show how many are done."""
+        if done < self._bar.tasks[0].completed:  # another scan, with its own rate
+            self._bar.reset(self._task)
+        self._bar.update(self._task, description=self._noun, completed=done, total=planned)
+
+    def announce(self, what: str) -> None:
+        """Show what is measured from now on, which has no count."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(what, total=None)
 
 
 def _training_bar(shown: bool) -> Progress:

@@ -151,7 +151,7 @@ def _measure(spec: Spec) -> Report:
                 show(done, planned)
 
             with connected() as world:
-                return scan_spec(spec, progress, world)
+                return scan_spec(spec, progress, world, show.announce)
     except KeyboardInterrupt:
         if measured:
             raise

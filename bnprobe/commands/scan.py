@@ -34,7 +34,7 @@ from bnprobe.measure.rank_agreement import agree
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import preserved_generators, preserved_random_state, seed_everything, untouched
 from bnprobe.measure.scan_loop import measure_mixed, probe
-from bnprobe.measure.session import Progress, Session, UserFunctions, no_progress
+from bnprobe.measure.session import Announce, Progress, Session, UserFunctions, announce_nothing, no_progress
 from bnprobe.measure.train_steps import MakeOptimizer
 from bnprobe.records import SCHEMA_VERSION, Report, Tool
 from bnprobe.rules.effect import excludes_zero, inconsistency
@@ -130,7 +130,9 @@ def _rules(select: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
     return {"rules": named} if any(named.values()) else {}
 
 
-def scan_spec(spec: Spec, progress: Progress = no_progress, world: World = ALONE) -> Report:
+def scan_spec(
+    spec: Spec, progress: Progress = no_progress, world: World = ALONE, announce: Announce = announce_nothing
+) -> Report:
     """Load what a spec names, and scan it; see ``scan_workload``.
 
     Raises:
@@ -138,17 +140,22 @@ def scan_spec(spec: Spec, progress: Progress = no_progress, world: World = ALONE
     """
     with preserved_random_state():
         seed_everything(spec.data.seed)
-        return scan_workload(load_workload(spec), spec.settings(), progress, world)
+        return scan_workload(load_workload(spec), spec.settings(), progress, world, announce)
 
 
 def scan_workload(
-    workload: Workload, settings: ScanSettings, progress: Progress = no_progress, world: World = ALONE
+    workload: Workload,
+    settings: ScanSettings,
+    progress: Progress = no_progress,
+    world: World = ALONE,
+    announce: Announce = announce_nothing,
 ) -> Report:
     """Scan a model that is loaded already; it comes back bit-identical, and so does the random state.
 
     Args:
         world: Processes that all call this with the same model, data and settings: each measures its share of the
             micro-batches, process 0 merges the results, and all return its report.
+        announce: Told of what is measured after the two paths.
 
     Raises:
         BnprobeError: See ``bnprobe.errors`` for the tree.
@@ -167,7 +174,7 @@ def scan_workload(
         if evidence is not None:
             facts = replace(_facts(workload, session), processes=world.size, rank_mismatch=agreement.mismatch)
             notes = [*notes_on(workload.model, evidence, facts, agreement), *filter(None, [evidence.other_samples])]
-            report = _report(workload, settings, session, facts, evidence, notes)
+            report = _report(workload, settings, session, facts, evidence, notes, Further(announce))
     # A Ctrl-C that reaches the others while they wait has reached process 0 too, which answers it.
     with suppress(KeyboardInterrupt), deferred_interrupts():
         report = world.share(report)
@@ -227,11 +234,17 @@ def _can_try_remedies(workload: Workload, settings: ScanSettings) -> bool:
 
 
 def _report(
-    workload: Workload, settings: ScanSettings, session: Session, facts: Facts, evidence: Evidence, notes: Sequence[str]
+    workload: Workload,
+    settings: ScanSettings,
+    session: Session,
+    facts: Facts,
+    evidence: Evidence,
+    notes: Sequence[str],
+    further: Further,
 ) -> Report:
     """Measure what goes beyond the two paths, apply the rules, and write the report."""
     findings = _with_mixed_batches(workload, session, settings, evidence, assemble(evidence, settings))
-    evidence, further = _beyond(workload, session, settings, evidence, findings, facts)
+    evidence = _beyond(workload, session, settings, evidence, findings, facts, further)
     output = replace(findings.summary.output, batch_dependence=further.batch_dependence)
     summary = replace(findings.summary, output=output, gradient_angle=further.angle, chance=further.chance)
     notes = (*notes, *notes_on_goal(summary.gaps, further.remedies, summary.chance))
@@ -307,11 +320,11 @@ def _beyond(
     evidence: Evidence,
     findings: Findings,
     facts: Facts,
-) -> tuple[Evidence, Further]:
-    """Measure what goes beyond the two paths; if it fails or is interrupted, the report has the paths alone."""
-    further = Further()
+    further: Further,
+) -> Evidence:
+    """Measure what goes beyond the two paths, into ``further``; how it ended is in the evidence that is returned."""
     if evidence.partial:
-        return evidence, further
+        return evidence
     off = inconsistency(findings.summary.gaps).is_worse or any(
         layer.flagged or layer.undecided or layer.domains for layer in findings.layers
     )
@@ -324,7 +337,9 @@ def _beyond(
         evidence = replace(evidence, stopped="failed", failure=error)
     except KeyboardInterrupt:
         evidence = replace(evidence, stopped="interrupted")
-    return evidence, further
+    if evidence.partial and further.under_way:
+        further.notes.append(f"The scan ended in a measurement beyond the two paths: {further.under_way}.")
+    return evidence
 
 
 def _has_frozen_and_off(findings: Findings, evidence: Evidence) -> bool:

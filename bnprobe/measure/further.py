@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -32,7 +32,7 @@ from bnprobe.measure.causes import (
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import FEWEST_PASSES, SAMPLES, Impacts
-from bnprobe.measure.session import Session
+from bnprobe.measure.session import Announce, Session, announce_nothing
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.trial import PARTS, MicroBatchStatistics
 from bnprobe.measure.what_if import FEWEST_TRIED, what_if
@@ -60,6 +60,8 @@ TRIAL_VALUES = 2**24
 
 CHANCE_IMAGES = 256
 """Samples whose outputs are given to other samples."""
+
+_ASKED_FOR = "asked for"
 
 SCORED_PART = 4
 """Without held-out data one in this many training batches is left out of the statistics, and scores them."""
@@ -89,9 +91,11 @@ class Wanted:
 class Further:
     """Results by layer index, or by name where rules read them so, and their cost.
 
-    ``effects`` goes on to measure what groups of layers do to the output.
+    ``effects`` goes on to measure what groups of layers do to the output. ``announce`` is told of each measurement;
+    ``under_way`` is the one that raised.
     """
 
+    announce: Announce = announce_nothing
     impacts: dict[int, Impact] = field(default_factory=dict)
     backward: dict[int, Backward] = field(default_factory=dict)
     updates: dict[int, Updates] = field(default_factory=dict)
@@ -108,6 +112,7 @@ class Further:
     frozen_lag: Mapping[str, float] = field(default_factory=dict)
     batch_at_inference: dict[str, bool] = field(default_factory=dict)
     effects: Impacts | None = None
+    under_way: str | None = None
 
     def added_to(self, layer: Layer, index: int) -> Layer:
         """The layer with what was measured of it."""
@@ -124,11 +129,18 @@ class Further:
         return tuple(replace(one, dropouts_before=known.get(one.name, one.dropouts_before)) for one in anatomy)
 
     @contextmanager
-    def counted(self, name: str, reason: str, samples: int) -> Iterator[None]:
-        """Note the cost of what runs inside; nothing if it raises."""
-        started = time.perf_counter()
-        yield
-        self.passes.append(ExtraPass(name, reason, samples, time.perf_counter() - started))
+    def counted(self, name: str, reason: str, samples: int = 0) -> Iterator[Callable[[int], None]]:
+        """Announce a measurement, and note its cost when it ends; nothing if it raises.
+
+        Args:
+            samples: That it takes, where that is known before; else what is yielded is to be called with them.
+        """
+        taken = [samples]
+        self.announce(name if reason == _ASKED_FOR else reason)
+        started, self.under_way = time.perf_counter(), f"{name} ({reason})"
+        yield taken.append
+        self.under_way = None
+        self.passes.append(ExtraPass(name, reason, sum(taken), time.perf_counter() - started))
 
 
 def batches_to_keep(settings: ScanSettings, batch_size: int, remedies: bool = False) -> int:
@@ -243,23 +255,23 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
     if not whole:
         most = max(evidence.samples, TRIAL_VALUES // max(_values_per_sample(session, evidence), 1))
         training, scored = (batches[: _filled(batches, most)] for batches in (training, scored))
-    reason = "asked for" if asked else "to try remedies before they are advised"
-    started = time.perf_counter()
-    tried = what_if(
-        session,
-        training,
-        scored,
-        batching,
-        scoring,
-        goal=settings.goal,
-        goal_is_known=settings.goal_is_known,
-        scored_on=data,
-        larger=asked,
-        seconds=None if whole else TRIAL_SECONDS,
-        # Without held-out data those of the scan are of the samples that are scored, too.
-        micro_batch=None if held_out is None else micro_batch_statistics(session, evidence),
-        population=evidence.population,
-    )
+    with found.counted("what-if", _ASKED_FOR if asked else "to try remedies before they are advised") as took:
+        tried = what_if(
+            session,
+            training,
+            scored,
+            batching,
+            scoring,
+            goal=settings.goal,
+            goal_is_known=settings.goal_is_known,
+            scored_on=data,
+            larger=asked,
+            seconds=None if whole else TRIAL_SECONDS,
+            # Without held-out data those of the scan are of the samples that are scored, too.
+            micro_batch=None if held_out is None else micro_batch_statistics(session, evidence),
+            population=evidence.population,
+        )
+        took(tried.samples)
     found.remedies, found.frozen_lag = tried.remedies, tried.frozen
     found.notes += tried.untried
     if tried.remedies and tried.samples < usable:
@@ -267,7 +279,6 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
             f"To save time, remedies were tried on {tried.samples} of the {usable} samples at hand;"
             f" {option('--thorough', True)} tries them on all."
         )
-    found.passes.append(ExtraPass("what-if", reason, tried.samples, time.perf_counter() - started))
 
 
 def _filled(batches: Sequence[MicroBatch], samples: int) -> int:
@@ -324,7 +335,7 @@ def _train(
     size = evidence.batch_size
     if settings.train_steps:
         steps, make = settings.train_steps, _guarded(make_optimizer or load_optimizer(OptimizerSpec()))
-        with found.counted("training steps", "asked for", steps * size):
+        with found.counted("training steps", _ASKED_FOR, steps * size):
             trained = train_steps(session, evidence.micro_batches, make, steps)
             found.updates = {
                 index: replace(updates, repeated=trained.repeated.get(index, 0.0))
@@ -332,7 +343,7 @@ def _train(
             }
     if settings.gradients:
         batches = evidence.micro_batches[:GRADIENT_BATCHES]
-        with found.counted("gradients", "asked for", len(batches) * size):
+        with found.counted("gradients", _ASKED_FOR, len(batches) * size):
             found.backward, found.angle = measure_gradients(session, batches, seed=settings.seed)
 
 
@@ -351,7 +362,7 @@ def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wa
     batches, sizes = evidence.micro_batches, [batch.samples for batch in evidence.counted]
     found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
     if batches and evidence.repeat:
-        with found.counted("random numbers", "what draws them at inference", sizes[0]):
+        with found.counted("random numbers", "what draws random numbers at inference", sizes[0]):
             found.randomness = randomness_of(session, batches[0], sizes[0])
     left = session.left_in_train_mode()
     layers = [layer for layer in session.layers.selected if layer.index in evidence.by_batch["eval"]]
@@ -367,8 +378,7 @@ def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wa
         with found.counted("chance", "what outputs of other samples score", sum(sizes[:most])):
             found.chance = chance_levels(session, evidence.counted[:most], evidence.batching)
     if wanted.stale:
-        started = time.perf_counter()
-        found.other_eps, samples = fitting_eps(session, evidence.counted, evidence.batching, wanted.stale)
-        reason = "whether the statistics fit another eps"
-        found.passes.append(ExtraPass("eps", reason, samples, time.perf_counter() - started))
+        with found.counted("eps", "whether the statistics fit another eps") as took:
+            found.other_eps, samples = fitting_eps(session, evidence.counted, evidence.batching, wanted.stale)
+            took(samples)
         found.padding = padding_in(batches, [] if evidence.held_out is None else evidence.held_out.micro_batches)

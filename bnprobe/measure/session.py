@@ -63,6 +63,14 @@ def no_progress(done: int, planned: int) -> None:
     """Report progress to nobody."""
 
 
+Announce = Callable[[str], None]
+"""Called with a phrase that says what is measured from then on."""
+
+
+def announce_nothing(what: str) -> None:
+    """Tell nobody."""
+
+
 _IN_WORDS: dict[PathName, str] = {
     "train": "training",
     "steady": "training without dropout and the like",

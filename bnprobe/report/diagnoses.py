@@ -293,7 +293,10 @@ def _caveats(report: Report) -> tuple[str, ...]:
     both = "both modes use the running statistics"
     scan = report.scan
     caveats = (
-        (scan.partial, f"{scan.stopped.capitalize()}: only {count(scan.batches, 'micro-batch')} measured."),
+        (
+            scan.partial,
+            f"{scan.stopped.capitalize()} after {count(scan.batches, 'micro-batch')}: what was to follow is missing.",
+        ),
         (frozen > 0, f"{count(frozen, 'layer')} {_are(frozen)} frozen: {both}."),
         (others > 0, f"{count(others, 'layer')} could not be measured in both modes."),
         *_in_one_mode(report),

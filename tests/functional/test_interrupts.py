@@ -63,7 +63,7 @@ def test_what_was_measured_is_printed(workspace: Workspace, model: str, code: in
     assert (found.code, found.stderr) == (code, "")
     assert found.stdout.startswith("bnprobe 0.1.0: scan of model.py:load_model (PARTIAL)\n")
     assert "40 micro-batches × 2 = 80 samples" in found.stdout
-    assert "Interrupted: only 40 micro-batches measured." in found.stdout
+    assert "Interrupted after 40 micro-batches: what was to follow is missing." in found.stdout
     assert "To measure to the end:\n    bnprobe scan model.py" in found.stdout
 
 

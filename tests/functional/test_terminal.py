@@ -102,6 +102,7 @@ def test_progress_is_shown_on_a_terminal(workspace: Workspace) -> None:
     assert found.code == FINDINGS
     assert "micro-batches" in found.stderr
     assert "16/" in found.stderr
+    assert "whether the statistics fit another eps" in found.stderr  # the last measurement, which has no count
     assert "\x1b" not in found.stdout
 
 

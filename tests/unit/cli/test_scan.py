@@ -68,7 +68,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
     """The specs that the command line hands to the pipeline."""
     seen: list[Spec] = []
 
-    def stop(spec: Spec, progress: object, world: object) -> None:
+    def stop(spec: Spec, *others: object) -> None:
         seen.append(spec)
         raise SeenEnoughError
 

@@ -196,6 +196,29 @@ def test_another_eps_is_tried_on_more_samples_only_where_few_give_a_hint() -> No
     assert tried == [SAMPLES_OF_EPS, SAMPLES_OF_HINT]
 
 
+def test_a_scan_that_ends_beyond_its_two_paths_says_where() -> None:
+    """Interrupted in the last call of the loss."""
+    calls = []
+
+    def counted(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return loss(model, batch)
+
+    last = 0
+    whole = scanned(stale(), batches(4)[:16], loss=counted, metric=None)
+    last = len(calls)
+    calls.clear()
+    report = scanned(stale(), batches(4)[:16], loss=counted, metric=None)
+    assert [report.scan.stopped, report.scan.batches] == ["interrupted", whole.scan.batches]
+    done = [each.name for each in report.scan.passes]
+    missed = whole.scan.passes[len(done)]
+    assert done == [each.name for each in whole.scan.passes[: len(done)]]
+    ended = f"The scan ended in a measurement beyond the two paths: {missed.name} ({missed.reason})."
+    assert ended in report.scan.notes
+
+
 USED: set[float] = set()
 """Every eps that ``Noting`` was called with; a scan would put back what hangs on the module."""
 
