@@ -209,7 +209,7 @@ def _argument(argument: Any) -> str:
 
 def _flags(option: Any) -> str:
     value = f" {option.metavar}" if option.metavar else ""
-    return ", ".join(f"`{flag}{value}`" for flag in option.opts)
+    return ", ".join(f"`{flag}{value}`" for flag in (*option.opts, *option.secondary_opts))
 
 
 def _default(option: Any) -> str:

@@ -294,11 +294,7 @@ def overrides(context: typer.Context) -> dict[str, Any]:
     for name, parameter in inspect.signature(inspect.unwrap(callback), eval_str=True).parameters.items():
         for note in getattr(parameter.annotation, "__metadata__", ()):
             if isinstance(note, Sets):
-                found[note.key] = _given(context.params[name], note)
+                value = context.params[name]
+                given = value != parameter.default and value not in ([], ())
+                found[note.key] = note.convert(value) if given else None
     return found
-
-
-def _given(value: Any, sets: Sets) -> Any:
-    """The value for the spec; None if the option was not given."""
-    empty = value is None or value is False or (isinstance(value, list | tuple) and not value)
-    return None if empty else sets.convert(value)

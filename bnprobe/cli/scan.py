@@ -53,10 +53,15 @@ def scan(
     physical_batch: options.PhysicalBatch = None,
     no_emulate: options.NoEmulate = False,
     what_if: Annotated[
-        bool,
-        options.option(FURTHER, "--what-if", "Try remedies without training, in larger batches too."),
+        bool | None,
+        options.option(
+            FURTHER,
+            "--what-if/--no-what-if",
+            "Try remedies without training on 512 samples, and in larger batches; or none, which is faster. By default"
+            " they are tried on few samples, and only where something may be wrong.",
+        ),
         options.Sets("scan.what_if"),
-    ] = False,
+    ] = None,
     train_steps: Annotated[
         int | None,
         options.option(FURTHER, "--train-steps", "Train a copy for N steps and watch its running statistics.", "N"),
@@ -69,7 +74,11 @@ def scan(
     ] = False,
     thorough: Annotated[
         bool,
-        options.option(FURTHER, "--thorough", "Measure exactly what layers do, and try remedies on more samples."),
+        options.option(
+            FURTHER,
+            "--thorough",
+            "Measure exactly what layers do, and try remedies on 512 samples, however long it takes.",
+        ),
         options.Sets("scan.thorough"),
     ] = False,
     goal: options.Goal = None,

@@ -33,7 +33,7 @@ EXPORTED = frozenset(("--model-arg", "--data", "--batch-size", "--seed"))
 
 FLAGS = frozenset(
     (
-        *("--unsafe-load", "--no-emulate", "--what-if", "--gradients", "--thorough"),
+        *("--unsafe-load", "--no-emulate", "--what-if", "--no-what-if", "--gradients", "--thorough"),
         *("--dry-run", "--check", "--finetune", "--resume", "--include-frozen"),
         *("--verbose", "--all", "--exit-zero", "--force"),
     )
@@ -48,7 +48,12 @@ REPORTING = frozenset(
 )
 """Options of a scan that say what becomes of its report: another scan has a report of its own."""
 
-_INSTEAD = {"--batches": "--max-batches", "--max-batches": "--batches", "--batch-size": "--batch-sizes"}
+_INSTEAD = {
+    "--batches": "--max-batches",
+    "--max-batches": "--batches",
+    "--batch-size": "--batch-sizes",
+    "--what-if": "--no-what-if",
+}
 """An option that is set stands for another one, too, which would contradict it."""
 
 _WHY = {

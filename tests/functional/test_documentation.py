@@ -95,7 +95,7 @@ def test_commands_have_the_options_they_are_shown_with() -> None:
     ]
     assert len(shown) >= 40
     for name, *arguments in shown:
-        known = {flag for parameter in commands[name].params for flag in parameter.opts}
+        known = {flag for parameter in commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in arguments if word.startswith("-")} <= known, (name, arguments)
 
 
@@ -182,7 +182,12 @@ def test_generated_pages_are_complete() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():
         section = pages["reference/command-line.md"].partition(f"\n## bnprobe {name}\n")[2].partition("\n## ")[0]
-        assert all(f"`{flag}" in section for option in command.params for flag in option.opts if flag.startswith("-"))
+        assert all(
+            f"`{flag}" in section
+            for option in command.params
+            for flag in (*option.opts, *option.secondary_opts)
+            if flag.startswith("-")
+        )
     assert all(f"`{key}`" in pages["reference/spec.md"] for key in RepairSpec.model_fields)
     assert all(f"rules/{rule.code}.md" in pages for rule in RULES)
     assert "](docs/" not in pages["index.md"]

@@ -25,7 +25,7 @@ def options_of(command: str) -> dict[str, typer.core.TyperOption]:
     return {
         name: parameter
         for parameter in COMMANDS[command].params
-        for name in parameter.opts
+        for name in (*parameter.opts, *parameter.secondary_opts)
         if isinstance(parameter, typer.core.TyperOption)
     }
 

@@ -35,6 +35,7 @@ FIELDS: dict[str, tuple[list[str], str, Any]] = {
     "--physical-batch": (["12"], "scan.physical_batch", 12),
     "--no-emulate": ([], "scan.emulate", False),
     "--what-if": ([], "scan.what_if", True),
+    "--no-what-if": ([], "scan.what_if", False),
     "--train-steps": (["4"], "scan.train_steps", 4),
     "--gradients": ([], "scan.gradients", True),
     "--thorough": ([], "scan.thorough", True),
@@ -87,7 +88,12 @@ def fields(spec: Spec) -> dict[str, Any]:
 
 def test_no_option_is_missing_here() -> None:
     scan = typer.main.get_command(app).commands["scan"]  # type: ignore[attr-defined]
-    options = {name for parameter in scan.params for name in parameter.opts if name.startswith("--")}
+    options = {
+        name
+        for parameter in scan.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if name.startswith("--")
+    }
     assert options - {"--help"} == FIELDS.keys() | REPORT
 
 
