@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.setting import BATCH_SIZE
@@ -91,11 +93,33 @@ class Probe:
         self._model.eval()
 
 
-def whole_scan(model: nn.Module, micro_batches: Sequence[Tensor], batch_sizes: tuple[int, ...] = ()) -> Report:
+def whole_scan(model: nn.Module, micro_batches: Sequence[Any], **options: Any) -> Report:
     """Run what ``bnprobe scan`` does after loading: both paths, including self-check and report."""
-    device = str(micro_batches[0].device)
-    count = len(micro_batches)
-    return scan(model, micro_batches, BATCH_SIZE, num_batches=count, device=device, batch_sizes=batch_sizes)
+    device = str(next(model.parameters()).device)
+    return scan(model, micro_batches, BATCH_SIZE, num_batches=len(micro_batches), device=device, **options)
+
+
+@torch.no_grad()
+def scored(model: nn.Module, micro_batches: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+    """Micro-batches with the classes that the model gives, and what makes ``whole_scan`` score them: options.
+
+    The held-out data are as many images, mirrored.
+    """
+    data = [(batch, model(batch).argmax(1)) for batch in micro_batches]
+    held_out = [(batch.flip(3), classes) for batch, classes in data]
+    return data, {"evaluation": held_out, "forward": _forward, "loss": _loss, "metric": _accuracy}
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0])
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _accuracy(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch[0]).argmax(1) == batch[1]).float().mean()
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.contenders import Probe, plain, whole_scan
+from benchmarks.contenders import Probe, plain, scored, whole_scan
 from benchmarks.setting import Setting
 from benchmarks.tables import Row, at_most
 from benchmarks.timing import Contender, Rounds, interleave
@@ -28,40 +28,58 @@ def rows(setting: Setting) -> list[Row]:
     if setting.image_size > _SMALL:
         return found
     longer = replace(setting, images=LONG)
-    return [*found, *(row for name in setting.networks for row in _network(longer, name)[-1:])]
+    return [*found, *(_long_scan(longer, name) for name in setting.networks)]
 
 
 def _network(setting: Setting, name: str) -> list[Row]:
-    model = setting.network(name)
-    physical = whole_scan(model, setting.micro_batches()).scan.physical_batch
-    rounds = interleave(_contenders(setting, model, physical), setting.rounds, setting.device)
-    best = min(setting.physical, key=lambda size: rounds.median(f"plain {size}"))
-    fastest = f"plain {best}"
+    model, micro_batches = setting.network(name), setting.micro_batches()
+    physical = whole_scan(model, micro_batches).scan.physical_batch
+    probe = Probe(model, micro_batches, physical)
+    others = {"train": lambda: probe.run("train"), "eval": lambda: probe.run("eval")}
+    rounds, fastest = _timed(setting, model, {**others, **_scans(model, micro_batches)})
     tried = ", ".join(f"{size}: {setting.images / rounds.median(f'plain {size}'):.0f}" for size in setting.physical)
     return [
-        Row(f"{name}, plain forward, images/s by physical batch", f"{tried}; the best is {best}"),
+        Row(f"{name}, plain forward, images/s by physical batch", f"{tried}; the best is {fastest.split()[-1]}"),
         _path(setting, name, "train", rounds, fastest, physical),
         _path(setting, name, "eval", rounds, fastest, physical),
-        at_most(
-            f"{name}, whole scan of {setting.images} images / 2 plain forwards",
-            rounds.ratio("scan", fastest, times=2),
-            LONG_SCAN_GOAL if setting.images >= LONG else SCAN_GOAL,
-            f"{rounds.median('scan'):.2f} s",
-        ),
+        *(_scan(setting, name, scan, rounds, fastest, SCAN_GOAL) for scan in _scans(model, micro_batches)),
     ]
 
 
-def _contenders(setting: Setting, model: nn.Module, physical: int) -> dict[str, Contender]:
-    images, micro_batches = setting.data(), setting.micro_batches()
-    probe = Probe(model, micro_batches, physical)
-    contenders: dict[str, Contender] = {
+def _long_scan(setting: Setting, name: str) -> Row:
+    model, micro_batches = setting.network(name), setting.micro_batches()
+    rounds, fastest = _timed(setting, model, {_SCAN: lambda: whole_scan(model, micro_batches)})
+    return _scan(setting, name, _SCAN, rounds, fastest, LONG_SCAN_GOAL)
+
+
+_SCAN = "whole scan"
+
+
+def _scans(model: nn.Module, micro_batches: list[Tensor]) -> dict[str, Contender]:
+    """Whole scans of as many images each, by what they are given."""
+    stale = [2 * batch + 1 for batch in micro_batches]
+    data, options = scored(model, micro_batches)
+    return {
+        _SCAN: lambda: whole_scan(model, micro_batches),
+        f"{_SCAN}, statistics of other data": lambda: whole_scan(model, stale),
+        f"{_SCAN}, with a loss, a metric and held-out data": lambda: whole_scan(model, data, what_if=False, **options),
+        f"{_SCAN}, with these and remedies": lambda: whole_scan(model, data, **options),
+    }
+
+
+def _timed(setting: Setting, model: nn.Module, contenders: dict[str, Contender]) -> tuple[Rounds, str]:
+    """Rounds of contenders and plain forward passes, and which of these is the fastest."""
+    images = setting.data()
+    plains: dict[str, Contender] = {
         f"plain {size}": partial(plain, model, images.split(size)) for size in setting.physical
     }
-    return contenders | {
-        "train": lambda: probe.run("train"),
-        "eval": lambda: probe.run("eval"),
-        "scan": lambda: whole_scan(model, micro_batches),
-    }
+    rounds = interleave({**plains, **contenders}, setting.rounds, setting.device)
+    return rounds, min(plains, key=rounds.median)
+
+
+def _scan(setting: Setting, name: str, scan: str, rounds: Rounds, fastest: str, goal: float) -> Row:
+    what = f"{name}, {scan} of {setting.images} images / 2 plain forwards"
+    return at_most(what, rounds.ratio(scan, fastest, times=2), goal, f"{rounds.median(scan):.2f} s")
 
 
 def _path(setting: Setting, name: str, path: str, rounds: Rounds, fastest: str, physical: int) -> Row:
