@@ -259,12 +259,14 @@ class PopulationStatistics:
         updates: Batches of the data that they stand for, each call of the layer counted.
         values: Per channel; the variance of fewer than two is 0.
         mixed: As in ``Population``. If so, the train path gives what the eval path gives, but for noise.
+        passes: Over the data; most of those that serve one layer end as soon as it was called.
     """
 
     statistics: dict[int, tuple[Tensor, Tensor]]
     updates: dict[int, int]
     values: dict[int, int]
     mixed: bool
+    passes: int = 1
 
 
 def population_by_batch(
@@ -398,6 +400,7 @@ class _Rounds:
         self._again: set[int] = set()  # layers called several times in a forward pass
         self._done = 0
         self._planned = 0
+        self._passes = 0
 
     def run(self) -> PopulationStatistics:
         return self._at_once() or self._one_by_one()
@@ -459,7 +462,7 @@ class _Rounds:
             rounds += 1
             if rounds > ROUNDS:
                 raise RepairError(self._not_converged())
-        return PopulationStatistics(found, first.updates(), first.values(), mixed=True)
+        return PopulationStatistics(found, first.updates(), first.values(), mixed=True, passes=self._passes)
 
     def _take(self, index: int, found: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         population = self._pass(found, frozenset({index}), None if index in self._again else index)
@@ -484,6 +487,7 @@ class _Rounds:
         self, statistics: Mapping[int, tuple[Tensor, Tensor]], wanted: frozenset[int], last: int | None = None
     ) -> Population:
         """One pass over the data; what the wanted layers saw. Every forward pass ends after the layer ``last``."""
+        self._passes += 1
         population = Population()
         stream, self._opened = self._opened or iter(self._batches), None
 

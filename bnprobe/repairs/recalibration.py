@@ -54,7 +54,7 @@ class Recalibrated:
         layers: Names of the layers, in network order.
         images, batches: Samples and batches that were read.
         notes: What the reader should know, one sentence each.
-        mixed: As in ``PopulationStatistics``.
+        mixed, passes: As in ``PopulationStatistics``.
         tracked: Layers that kept no running statistics before, with the line of the user's code that makes them.
     """
 
@@ -64,6 +64,7 @@ class Recalibrated:
     notes: tuple[str, ...]
     mixed: bool
     tracked: dict[str, str | None]
+    passes: int = 1
 
 
 @from_python
@@ -248,6 +249,7 @@ def _recalibrate(
         tuple(_notes(session, wanted, recalibrated, batches, settings)),
         found.mixed,
         {},
+        found.passes,
     )
 
 

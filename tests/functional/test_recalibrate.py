@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bnprobe.measure import population
 from functional.command import CLEAN, ERROR, FINDINGS, MODEL, NOTHING, SHIFTED, TIMEOUT, Result, Workspace
 from functional.processes import run_on_a_full_disk, start
 from functional.test_convert import FITTED, TRAINED, fitted
@@ -85,6 +86,26 @@ def test_a_model_whose_only_norms_are_found_by_running_it(workspace: Workspace) 
     workspace.write("model.py", OWN_NORM)
     assert recalibrate(workspace).code in (CLEAN, FINDINGS)
     torch.testing.assert_close(load_file(workspace.folder / "out.safetensors")["bn.average"], images().mean((0, 2, 3)))
+
+
+TWO_NORMS = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv, self.last = nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.last(self.conv(self.bn(x))).mean((2, 3))
+"""
+
+
+def test_the_eval_path_says_in_how_many_passes_it_ran(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.write("model.py", SCORED + TWO_NORMS)
+    told = [" ".join(recalibrate(workspace, "--path", "eval").stdout.split())]
+    monkeypatch.setattr(population, "LARGEST", 0)
+    told.append(" ".join(recalibrate(workspace, "--path", "eval", "--force").stdout.split()))
+    assert "(eval path: in one pass; every layer uses the new statistics of those before it)" in told[0]
+    assert "(eval path: in 2 passes, since they cannot run as one batch; every layer uses" in told[1]
 
 
 @pytest.mark.parametrize("path", ["train", "eval"])
