@@ -49,7 +49,7 @@ def describe(
         left_out=evidence.left_out,
         emulated=evidence.emulated,
         physical_batch=evidence.physical_batch,
-        emulation=evidence.batching.emulation.reason,
+        emulation=evidence.batching.reason,
         self_check=evidence.batching.emulation.check,
         seed=settings.seed,
         device=str(device),

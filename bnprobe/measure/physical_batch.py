@@ -135,6 +135,13 @@ class Batching:
     emulation: Emulation
     at_once: int = 1
 
+    @property
+    def reason(self) -> str:
+        """Why micro-batches run together or not, one sentence."""
+        if self.emulation.trusted and self.at_once == 1:
+            return "One micro-batch already fills a physical batch."
+        return self.emulation.reason
+
     def pass_over(self, micro_batches: int, path: PathName, **options: Any) -> Pass:
         """A pass over so many micro-batches; ``options`` are fields of ``Pass``."""
         samples = micro_batches * self.batch_size
@@ -621,8 +628,7 @@ def plan_batching(session: Session, reader: Reader, settings: ScanSettings, late
     if most // size < OPENING and not settings.batch_sizes:
         # The train path runs as it is; that samples are independent on the eval path is still to be known.
         emulation, _ = checked(session, opening, size, check_samples)
-        reason = "One micro-batch already fills a physical batch." if emulation.trusted else emulation.reason
-        return Batching(size, replace(emulation, reason=reason))
+        return Batching(size, emulation)
     own = reader.look_ahead_own(OPENING) if later and not settings.batch_sizes else []
     if not reader.varies and (found := _on_trust(session, own, size)) is not None:
         emulation, footprint = replace(found[0], opening=tuple(opening)), found[1]

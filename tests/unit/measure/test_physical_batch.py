@@ -14,6 +14,7 @@ from bnprobe.commands.scan import scan
 from bnprobe.config.spec import ScanSettings
 from bnprobe.distributed import Share
 from bnprobe.errors import UserCodeError
+from bnprobe.measure import memory
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.reader import Reader
 from bnprobe.measure.scan_loop import probe
@@ -192,6 +193,14 @@ def test_mixing_in_one_mode_only_is_caught(training: bool) -> None:
     report, real = both(unsettled(MixesOnOnePath(training)), images(8, 4, 6), 4)
     assert not report.scan.emulated
     assert report.layers == real.layers
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["asked for", "by its size"])
+def test_a_physical_batch_of_one_micro_batch_says_so(planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CPU_TENSOR_BYTES", 1)
+    options = {} if planned else {"physical_batch": 4}
+    report = scan(unsettled(Residual()), images(8, 4, 3, 6, 6), 4, **options)
+    assert (report.scan.emulated, report.scan.emulation) == (False, "One micro-batch already fills a physical batch.")
 
 
 def test_dropout_is_no_mixing() -> None:
