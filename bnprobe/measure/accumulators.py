@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnprobe.measure.forward_pass import Slot
-from bnprobe.measure.statistic import Calls, CallTable, Columns, SampleStep, Statistic, Step
+from bnprobe.measure.statistic import Calls, CallTable, Columns, SampleStep, Statistic, Step, sent
 from bnprobe.registry import Registry
 from bnprobe.stats.composition import Images
 from bnprobe.stats.histogram import D_AXIS, R_AXIS, Axis
@@ -52,7 +52,7 @@ class Mismatch(Statistic):
         per_call, call = step.mismatch_of_call, step.columns.call
         self.accumulate("powers", call, _powers(per_call))
         good = per_call < torch.inf  # never of NaN; D is not negative
-        number = torch.tensor(step.numbers, device=good.device).unsqueeze(1)
+        number = sent(step.numbers, good.device).unsqueeze(1)
         self.accumulate("first_bad", call, number.masked_fill(good, self.never).amin(0))
 
     def every(self, table: CallTable) -> dict[Slot, tuple[Sums, int | None]]:
@@ -204,14 +204,15 @@ class MismatchSums(Statistic):
     def update(self, step: Step) -> None:
         columns, replicate = step.columns, step.replicate_of_row
         counts = [float(step.groups * step.replicates.count(number)) for number in range(REPLICATES)]
-        self.accumulate("counts", columns.call, columns.eps.new_tensor(counts).expand(columns.call.numel(), -1))
+        counted = sent(counts, columns.eps.device, columns.eps.dtype)
+        self.accumulate("counts", columns.call, counted.expand(columns.call.numel(), -1))
         self.accumulate("eps", columns.channel, columns.relative_eps)
         for name, summand in summands(step.values, columns.bessel).items():
             self._add_rows(name, columns, replicate, summand)
 
     def update_samples(self, step: SampleStep) -> None:
         squares = step.squares.unflatten(0, (-1, step.batch_size)).sum(1)
-        index = torch.tensor(step.replicates, device=squares.device)
+        index = sent(step.replicates, squares.device)
         self._add_rows("sample squares", step.columns, index, squares)
 
     def side_by_side(self, table: CallTable, slots: Sequence[Slot]) -> tuple[BatchSums, Tensor]:
@@ -282,7 +283,7 @@ class SamplePool(Statistic):
             torch.sub(step.mean[:count], self.origin, out=self.mean[first : first + count])
             self.variance[first : first + count] = step.variance[:count]
             return
-        to, of = (torch.tensor(each, device=step.mean.device) for each in (places, rows))
+        to, of = (sent(each, step.mean.device) for each in (places, rows))
         # index_copy_ moves whole rows, where an assignment by index goes value by value
         self.mean.index_copy_(0, to, (step.mean.index_select(0, of) - self.origin).float())
         self.variance.index_copy_(0, to, step.variance.index_select(0, of).float())

@@ -237,7 +237,7 @@ class Step:
     @cached_property
     def replicate_of_row(self) -> Tensor:
         """The replicate of each row of ``values``."""
-        index = torch.tensor(self.replicates, device=self.values.r.device)
+        index = sent(self.replicates, self.values.r.device)
         return index if self.groups == 1 else index.repeat_interleave(self.groups)
 
 
@@ -422,6 +422,11 @@ _COMBINE: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {
     "min": torch.minimum,
     "max": torch.maximum,
 }
+
+
+def sent(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host on a device, which the host does not wait for."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def _spread(numbers: Sequence[float], sizes: Tensor, device: torch.device) -> Tensor:
