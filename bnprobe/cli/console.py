@@ -254,6 +254,7 @@ class ScanUpdates:
 
     def announce(self, what: str) -> None:
         """Show what is measured from now on, which has no count."""
+        self._bar.refresh()  # how far it came, which a fast scan would never show
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(what, total=None)
 
