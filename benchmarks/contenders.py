@@ -107,14 +107,15 @@ def scored(model: nn.Module, micro_batches: Sequence[Tensor]) -> tuple[list[Any]
     """
     data = [(batch, model(batch).argmax(1)) for batch in micro_batches]
     held_out = [(batch.flip(3), classes) for batch, classes in data]
-    return data, {"evaluation": held_out, "forward": _forward, "loss": _loss, "metric": _accuracy}
+    return data, {"evaluation": held_out, "forward": _forward, "loss": loss, "metric": _accuracy}
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
     return model(batch[0])
 
 
-def _loss(model: nn.Module, batch: Any) -> Tensor:
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    """Cross entropy, in nats, of inputs and classes."""
     return F.cross_entropy(model(batch[0]), batch[1])
 
 

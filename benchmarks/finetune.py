@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnprobe
+from benchmarks.contenders import loss
 from benchmarks.networks import CLASSES, NETWORKS
 from benchmarks.setting import Setting
 from benchmarks.tables import Row, at_most
@@ -86,7 +86,7 @@ def _seconds(
 
     job = Job(
         model=model.train(),
-        loss=_loss,
+        loss=loss,
         source=as_batch_source(loader),
         spec=TrainSpec(steps=steps, evaluate_every=steps),
         seed=0,
@@ -115,14 +115,10 @@ def _loop(model: nn.Module, loader: DataLoader[Any], steps: int, device: torch.d
     while True:
         for images, labels in loader:
             optimizer.zero_grad()
-            _loss(model, (images.to(device), labels.to(device))).backward()
+            loss(model, (images.to(device), labels.to(device))).backward()
             optimizer.step()
             schedule.advance()
             yield
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -57,8 +57,8 @@ def scan(
         options.option(
             FURTHER,
             "--what-if/--no-what-if",
-            "Try remedies without training on 512 samples, and in larger batches; or none, which is faster. By default"
-            " they are tried on few samples, and only where something may be wrong.",
+            "Try remedies without training on up to 512 samples, and in larger batches; or none, which is faster. By"
+            " default they are tried on few samples, and only where something may be wrong.",
         ),
         options.Sets("scan.what_if"),
     ] = None,
@@ -77,7 +77,7 @@ def scan(
         options.option(
             FURTHER,
             "--thorough",
-            "Measure exactly what layers do, and try remedies on 512 samples, however long it takes.",
+            "Measure exactly what layers do, and try remedies on up to 512 samples, however long it takes.",
         ),
         options.Sets("scan.thorough"),
     ] = False,

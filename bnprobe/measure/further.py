@@ -92,7 +92,7 @@ class Further:
     """Results by layer index, or by name where rules read them so, and their cost.
 
     ``effects`` goes on to measure what groups of layers do to the output. ``announce`` is told of each measurement;
-    ``under_way`` is the one that raised.
+    ``under_way`` is the one that runs, or that raised.
     """
 
     announce: Announce = announce_nothing

@@ -225,8 +225,8 @@ def _is_new(layer: ProbedLayer) -> bool:
 def _how(found: Recalibrated, path: StatisticsPath) -> str:
     way = "in the batches of the data, which use batch statistics"
     if path == "eval":
-        way = "in one pass" if found.passes == 1 else f"in {found.passes} passes, since they cannot run as one batch"
-        way += "; every layer uses the new statistics of those before it"
+        passes = "one pass" if found.passes == 1 else f"{found.passes} passes"
+        way = f"in {passes}, with the new statistics of earlier layers in every layer"
     elif found.mixed:
         way = "in large batches that use batch statistics"
     elif path != "train":

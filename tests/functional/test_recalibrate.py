@@ -104,8 +104,8 @@ def test_the_eval_path_says_in_how_many_passes_it_ran(workspace: Workspace, monk
     told = [" ".join(recalibrate(workspace, "--path", "eval").stdout.split())]
     monkeypatch.setattr(population, "LARGEST", 0)
     told.append(" ".join(recalibrate(workspace, "--path", "eval", "--force").stdout.split()))
-    assert "(eval path: in one pass; every layer uses the new statistics of those before it)" in told[0]
-    assert "(eval path: in 2 passes, since they cannot run as one batch; every layer uses" in told[1]
+    assert "(eval path: in one pass, with the new statistics of earlier layers in every layer)" in told[0]
+    assert "(eval path: in 2 passes, with the new statistics of earlier layers in every layer)" in told[1]
 
 
 @pytest.mark.parametrize("path", ["train", "eval"])

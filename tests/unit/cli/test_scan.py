@@ -69,7 +69,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
     """The specs that the command line hands to the pipeline."""
     seen: list[Spec] = []
 
-    def stop(spec: Spec, *others: object) -> None:
+    def stop(spec: Spec, progress: object, world: object, announce: object) -> None:
         seen.append(spec)
         raise SeenEnoughError
 
