@@ -1,7 +1,7 @@
 """Small measurements that tell causes apart, each on a few micro-batches and only where it can change what is said.
 
-Do outputs know their own sample? Do they depend on who else is in the batch? Would another eps fit the statistics? Is
-part of the data padding? Which random layers feed a norm layer? What draws random numbers at inference?
+Do outputs depend on who else is in the batch? Would another eps fit the statistics? Is part of the data padding? Which
+random layers feed a norm layer? What draws random numbers at inference?
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from bnprobe.errors import BnprobeError
-from bnprobe.loading.returned import one_number
-from bnprobe.measure.batch import CannotEmulateError, MicroBatch, copy_tensors, join, pick, tensors_of, to_device
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick, tensors_of, to_device
 from bnprobe.measure.forward_pass import Pass
 from bnprobe.measure.layers import ProbedLayer, named_once, probability_of_dropping
 from bnprobe.measure.outputs import floating, square_norm
 from bnprobe.measure.physical_batch import Batching
 from bnprobe.measure.restore import random_state
-from bnprobe.measure.scores import ScoreTable, run_together, score_outputs, scoring
-from bnprobe.measure.session import Outputs, PathName, Session, rows_of
-from bnprobe.records import MEASURES, ROOT, Chance, ChanceValues, Measure
+from bnprobe.measure.scores import run_together
+from bnprobe.measure.session import Outputs, Session
+from bnprobe.records import ROOT
 from bnprobe.rules.facts import EXPLAINED, OtherEps, Padding, Randomness
 from bnprobe.stats.moments import bessel
-from bnprobe.stats.scores import Scores, paired_difference
 
 EPS = (1e-2, 1e-3, 1e-5, 1e-6, 1e-8)
 """The defaults of the frameworks, and values seen in public code."""
@@ -48,69 +46,6 @@ _SAME_SCALE = 3e-4
 
 _SAME_INPUT = 1e-3
 """A mismatch that another eps changes by no more than this, relative, is of a layer whose input is the same with it."""
-
-_SAME = 1e-6
-"""A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
-
-
-def chance_levels(session: Session, micro_batches: Sequence[MicroBatch], batching: Batching) -> tuple[Chance, ...]:
-    """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
-
-    Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the
-    eval path. The other sample is from a micro-batch half the list away, since neighbours may be of one kind.
-
-    Args:
-        session: Installed.
-        micro_batches: On the host.
-        batching: How they run.
-
-    Returns:
-        One for each function; a mode is None where an output cannot be given to another sample (the function runs the
-        model on something else, or samples differ in size), and where the value is one of the outputs alone, as where
-        all samples have the same target.
-    """
-    found: dict[PathName, dict[str, ChanceValues]] = {"steady": {}, "eval": {}}
-    if len(micro_batches) > 1:
-        for path in found:
-            with suppress(BnprobeError, CannotEmulateError):
-                found[path] = dict(_chance(session, path, micro_batches, batching))
-    return tuple(
-        Chance(measure, found["steady"].get(measure), found["eval"].get(measure))
-        for measure in MEASURES
-        if any(measure in values for values in found.values())
-    )
-
-
-def _chance(
-    session: Session, path: PathName, micro_batches: Sequence[MicroBatch], batching: Batching
-) -> Iterator[tuple[str, ChanceValues]]:
-    own = ScoreTable()
-    other: dict[Measure, list[Tensor]] = {}
-    recorded: list[tuple[Any, int, Outputs]] = []
-
-    def record(batches: list[Any], size: int, outputs: Outputs, pass_: Pass) -> None:
-        own.add(score_outputs(session, path, batches, outputs, size))
-        starts = range(0, size * len(batches), size)
-        parts = [rows_of(outputs, start, start + size, size * len(batches)) for start in starts]
-        recorded.extend((batch, size, part) for batch, part in zip(batches, parts, strict=True))
-
-    run_together(session, path, micro_batches, batching, record, scored=True)
-    given = {"loss": session.functions.loss, "metric": session.functions.metric}
-    functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
-    for measure, function in functions.items():
-        with scoring(session, path, measure, function, recorded[0][1]) as call:
-            for position, (batch, size, _) in enumerate(recorded):
-                _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
-                value = call(copy_tensors(batch), rows_of(outputs, 0, size, size))
-                other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
-    for measure, values in other.items():
-        if (mine := own.scores(measure, path)) is None:
-            continue
-        theirs = Scores(torch.stack(values), mine.sizes)
-        change = paired_difference(Scores(mine.batches, mine.sizes), theirs, shared=True)
-        # Every output is used once on both sides: a value of the outputs alone has the same mean.
-        if math.isfinite(theirs.mean) and abs(mine.mean - theirs.mean) > _SAME * abs(mine.mean):
-            yield measure, ChanceValues(mine.mean, theirs.mean, change)
 
 
 def batch_dependence(session: Session, micro_batches: Sequence[Any], sizes: Sequence[int]) -> float | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from bnprobe.errors import BnprobeError
 from bnprobe.measure.accumulators import LayerMismatch, MismatchSums
 from bnprobe.measure.batch import MicroBatch
+from bnprobe.measure.chance import KeptOutputs
 from bnprobe.measure.forward_pass import Pass, Recorded, Slot
 from bnprobe.measure.layers import LayerSet
 from bnprobe.measure.outputs import Contributions, OutputSums
@@ -86,6 +87,8 @@ class Evidence:
             None: endless or unknown.
         other_samples: That the processes of a launch read different data, a sentence; None where they do not.
         kept: Micro-batches by position, on the host, for what is measured afterwards.
+        kept_outputs: What the model gave for the first micro-batches.
+        alone: All were measured in this process, one after the other: figures of micro-batches are in their order.
         sizes: Samples of the micro-batches by position; those that are not named have ``batch_size``.
         held_out: The same on held-out data; None without.
         unscored: Why loss and metric were not taken, where they are given, a sentence; None where they were.
@@ -119,6 +122,8 @@ class Evidence:
     population: int | None = None
     other_samples: str | None = None
     kept: dict[int, MicroBatch] = field(default_factory=dict)
+    kept_outputs: KeptOutputs = field(default_factory=KeptOutputs)
+    alone: bool = True
     sizes: dict[int, int] = field(default_factory=dict)
     held_out: Evidence | None = None
     unscored: str | None = None
@@ -277,6 +282,7 @@ class Evidence:
         self.seconds = max(self.seconds, other.seconds)
         self.left_out = max(self.left_out, other.left_out)  # a process that only skips it counts it too
         self.kept |= other.kept
+        self.alone = False
         self.sizes |= other.sizes
         self.unscored = self.unscored or other.unscored
         emulation = self.batching.emulation if other.batching.emulation.trusted else other.batching.emulation

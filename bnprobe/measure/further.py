@@ -23,20 +23,22 @@ from bnprobe.loading.optimizer import load_optimizer
 from bnprobe.measure.batch import MicroBatch, to_device
 from bnprobe.measure.causes import (
     batch_dependence,
-    chance_levels,
     fitting_eps,
     padding_in,
     random_layers_before,
     randomness_of,
 )
+from bnprobe.measure.chance import chance_levels
+from bnprobe.measure.draw import PARTS
 from bnprobe.measure.evidence import Evidence
 from bnprobe.measure.gradients import measure_gradients
 from bnprobe.measure.impact import FEWEST_PASSES, SAMPLES, Impacts
+from bnprobe.measure.scores import Found, ScoreTable
 from bnprobe.measure.session import Announce, Session, announce_nothing
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
-from bnprobe.measure.trial import PARTS, MicroBatchStatistics
+from bnprobe.measure.trial import MicroBatchStatistics
 from bnprobe.measure.what_if import FEWEST_TRIED, what_if
-from bnprobe.records import Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
+from bnprobe.records import MEASURES, Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
 from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
 from bnprobe.wording import option
 
@@ -55,16 +57,17 @@ WHAT_IF_IMAGES = 512
 TRIAL_SECONDS = 10.0
 """Scoring the model takes at most about this long where trials were not asked for; some 15 such passes are made."""
 
-TRIAL_VALUES = 2**24
-"""Values at norm layers in such a pass, at most, unless it is over no more samples than the scan has measured."""
-
-CHANCE_IMAGES = 256
-"""Samples whose outputs are given to other samples."""
+TRIAL_WORK = 2**29
+"""Values at norm layers in such a pass, each times the channels of its layer: a convolution before it multiplies about
+as many times for every value. A pass takes as many samples as the scan has measured in any case; where these are more
+than that, passes are dear."""
 
 _ASKED_FOR = "asked for"
 
 SCORED_PART = 4
 """Without held-out data one in this many training batches is left out of the statistics, and scores them."""
+
+_SCORED = slice(None, None, SCORED_PART)
 
 GRADIENT_BATCHES = 32
 """Micro-batches whose gradients are measured; the noise is then known to about 25%."""
@@ -243,18 +246,21 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
     held_out = None if held_out is None or held_out.unscored else held_out
     data: Literal["held-out", "training"] = "training" if held_out is None else "held-out"
     if held_out is None:
-        scored, scoring = training[::SCORED_PART], evidence.batching
+        scored, scoring, scores = training[_SCORED], evidence.batching, evidence.scores.part(_SCORED)
         training = [batch for position, batch in enumerate(training) if position % SCORED_PART]
     else:
-        scored, scoring = _some(held_out), held_out.batching
+        scored, scoring, scores = _some(held_out), held_out.batching, held_out.scores
     if not training or not scored:
         return
     asked, batching = bool(settings.what_if), evidence.batching
     whole = asked or settings.thorough
     usable = sum(batch.samples for batch in (*training, *scored))
+    cheap = TRIAL_WORK // max(_work_per_sample(session, evidence), 1)
+    brief = not whole and cheap < evidence.samples
     if not whole:
-        most = max(evidence.samples, TRIAL_VALUES // max(_values_per_sample(session, evidence), 1))
+        most = max(evidence.samples, cheap)
         training, scored = (batches[: _filled(batches, most)] for batches in (training, scored))
+    before = None if evidence.repeat or not evidence.alone else _as_loaded(session, scores, scored)
     with found.counted("what-if", _ASKED_FOR if asked else "to try remedies before they are advised") as took:
         tried = what_if(
             session,
@@ -270,15 +276,33 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
             # Without held-out data those of the scan are of the samples that are scored, too.
             micro_batch=None if held_out is None else micro_batch_statistics(session, evidence),
             population=evidence.population,
+            before=before,
+            brief=brief,
         )
         took(tried.samples)
     found.remedies, found.frozen_lag = tried.remedies, tried.frozen
     found.notes += tried.untried
+    if any(remedy.cut_short for remedy in tried.remedies):
+        found.notes.append(
+            "To save time, remedies that were worse on a part of the samples were scored on no more;"
+            f" {option('--thorough', True)} scores them on all."
+        )
     if tried.remedies and tried.samples < usable:
         found.notes.append(
             f"To save time, remedies were tried on {tried.samples} of the {usable} samples at hand;"
             f" {option('--thorough', True)} tries them on all."
         )
+
+
+def _as_loaded(session: Session, scores: ScoreTable, batches: Sequence[MicroBatch]) -> ScoreTable | None:
+    """What the scan scored these micro-batches on the eval path, where it has a figure for each of them."""
+    rows: Found = {
+        (measure, "eval"): scores.rows.get((measure, "eval"), [])[: len(batches)]
+        for measure in MEASURES
+        if getattr(session.functions, measure) is not None
+    }
+    sizes = [batch.samples for batch in batches]
+    return ScoreTable(rows) if all([row.size for row in each] == sizes for each in rows.values()) else None
 
 
 def _filled(batches: Sequence[MicroBatch], samples: int) -> int:
@@ -292,6 +316,13 @@ def _values_per_sample(session: Session, evidence: Evidence) -> int:
     layers = session.layers.layers
     values = sum(values * layers[index].info.channels for (index, _), values in evidence.values.items())
     return values // evidence.batch_size
+
+
+def _work_per_sample(session: Session, evidence: Evidence) -> int:
+    """The same, each value times the channels of its layer."""
+    layers = session.layers.layers
+    work = sum(values * layers[index].info.channels ** 2 for (index, _), values in evidence.values.items())
+    return int(work // evidence.batch_size)
 
 
 def micro_batch_statistics(session: Session, evidence: Evidence) -> MicroBatchStatistics:
@@ -374,9 +405,10 @@ def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wa
     if not wanted.effects:
         return
     if wanted.scored:
-        most = max(2, CHANCE_IMAGES // max(sizes))
-        with found.counted("chance", "what outputs of other samples score", sum(sizes[:most])):
-            found.chance = chance_levels(session, evidence.counted[:most], evidence.batching)
+        with found.counted("chance", "what outputs of other samples score") as took:
+            kept = evidence.kept_outputs if evidence.alone else None
+            found.chance, samples = chance_levels(session, evidence.counted, evidence.batching, kept)
+            took(samples)
     if wanted.stale:
         with found.counted("eps", "whether the statistics fit another eps") as took:
             found.other_eps, samples = fitting_eps(session, evidence.counted, evidence.batching, wanted.stale)

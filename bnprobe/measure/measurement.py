@@ -22,7 +22,7 @@ from bnprobe.measure.path_evidence import PathEvidence
 from bnprobe.measure.physical_batch import Emulation, agreement, agrees_as_far, as_sentence, checked, self_check
 from bnprobe.measure.restore import preserved_random_state, random_state
 from bnprobe.measure.scores import Found, score_outputs
-from bnprobe.measure.session import PathName, Session
+from bnprobe.measure.session import Outputs, PathName, Session
 from bnprobe.records import MEASURES
 
 _DEVICE = 10.0
@@ -44,6 +44,7 @@ class _Step:
         joined: The same as a physical batch, on the device.
         apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
         size: Samples in each of them.
+        recorded: What the model itself gave on the way, for loss and metric to use.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
 
@@ -53,6 +54,7 @@ class _Step:
     size: int
     passes: dict[PathName, Pass] = field(default_factory=dict)
     outputs: dict[PathName, Any] = field(default_factory=dict)
+    recorded: dict[PathName, Outputs] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     contributions: Contributions = field(default_factory=dict)
     scores: Found = field(default_factory=dict)
@@ -165,6 +167,8 @@ class Measurement:
         if "train" in draws:
             found = evidence.outputs.measure(step.joined, step.inputs, step.outputs["train"], step.outputs["eval"])
             step.contributions |= found
+        copied = evidence.kept_outputs.copied
+        kept = copied(step.recorded, len(micro_batches), step.size) if step.apart and self.steady is not None else None
         with deferred_interrupts():
             self.more, evidence.random = more, random
             if more and self.steady is not None:
@@ -172,6 +176,7 @@ class Measurement:
             evidence.steady_seconds += seconds
             evidence.repeat = repeat
             evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
+            evidence.kept_outputs.add(kept)
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
@@ -192,6 +197,7 @@ class Measurement:
             if _is_other(step, "train", "steady"):
                 return True
         step.passes.pop("steady", None)
+        step.recorded.pop("steady", None)
         step.scores = {key: rows for key, rows in step.scores.items() if key[1] != "steady"}
         return False
 
@@ -237,7 +243,8 @@ class Measurement:
         before = random_state() if self.more is None else None
         per_sample = path == "eval" and self.evidence.batching.emulation.trusted
         step.passes[path] = self._pass(path, step, per_sample)
-        step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
+        output, recorded = self.session.forward(path, step.joined, step.passes[path])
+        step.outputs[path], step.recorded[path] = output, recorded
         if per_sample:
             self.evidence.batching.emulation.require_same_sizes(path, step.passes[path])
             self.evidence.batching.emulation.require_same_calls(path, step.passes[path])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnprobe.errors import BnprobeError
-from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join, pick
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, join
+from bnprobe.measure.draw import PARTS, Draw, draw_of
 from bnprobe.measure.forward_pass import Blend, LayerStatistics, Pass, Slot
 from bnprobe.measure.memory import Footprint, fits_in_memory
 from bnprobe.measure.physical_batch import Batching, as_sentence
@@ -56,11 +57,12 @@ _ALIKE = 0.01
 _HALF = slice(None, None, 2)
 """The micro-batches that score conversions; the others choose what there is to choose."""
 
-PARTS = 4
-"""Parts of the data of statistics. Without each in turn they are taken anew, in three passes over the data in all."""
-
 _QUARTER = slice(None, None, PARTS)
-"""The micro-batches that score each of these statistics: one pass over the scored data in all."""
+"""The micro-batches that score each of these statistics, one pass over the scored data in all; and those that score a
+remedy first where passes are dear. From all over the data, since it may be sorted."""
+
+_FEWEST_FIRST = 8
+"""Micro-batches at least that show a remedy to be worse before it is scored on all: so many give an interval."""
 
 _PASS = "a pass over the data"
 _OF_SAMPLES = "the moments of every sample at inference, and weights that plain BN cannot use"
@@ -95,19 +97,6 @@ class Tried:
     untried: tuple[str, ...] = ()
     samples: int = 0
     frozen: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which data statistics were taken of: how they vary with that.
-
-    Attributes:
-        without: Gives the statistics of all but one of some equal parts of the data, for each part.
-        sampled: The part of a finite data set that they were taken of; 0: it is endless, or its size is not known.
-    """
-
-    without: Callable[[], Iterable[LayerStatistics]]
-    sampled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +135,8 @@ class Trial:
         found, untried: The results.
         base: Statistics and scores that a conversion starts from, other than those as loaded; none: as loaded.
         means: What is known to be a mean over samples.
+        brief: Passes are dear: remedies that promise nothing on one in ``PARTS`` of the micro-batches are scored on no
+            more, and statistics without a part of their data are put together from those of the other parts.
         together: Samples that run at once at least where micro-batches may run together and are scored only.
         population: Samples of the training data, where it is a finite set, of which none was read twice.
     """
@@ -161,6 +152,7 @@ class Trial:
     base: list[tuple[LayerStatistics, ScoreTable]] = field(default_factory=list)
     population: int | None = None
     means: frozenset[Measure] = frozenset()
+    brief: bool = False
     together: int = 1
 
     @property
@@ -279,12 +271,13 @@ class Trial:
         def taken(batches: Sequence[MicroBatch]) -> Population:
             return steady_population(self.session, batches, batching, frozen=frozen)[0]
 
-        def draw(batches: Sequence[MicroBatch]) -> Draw:
-            return self._draw(lambda others: taken(others).statistics(), batches, batching)
+        def draw(values: LayerStatistics, batches: Sequence[MicroBatch]) -> Draw:
+            of = self.population, self.brief
+            return draw_of(lambda some: taken(some).statistics(), values, batches, batching, *of)
 
         population = taken(training)
         values = population.statistics()
-        found = [_Statistics(values, detail(samples), draw(training))]
+        found = [_Statistics(values, detail(samples), draw(values, training))]
         if population.mixed:
             return found
         some = training[: max(2, most // (len(values) * size))]
@@ -294,26 +287,7 @@ class Trial:
             return found
         told = f"{detail(sum(batch.samples for batch in some))}, layer by layer"
         # Layer by layer the parts would take too long. What the choice of samples does is much the same on both paths.
-        return [*found, _Statistics(by_layer.statistics, told, draw(some))]
-
-    def _draw(
-        self,
-        take: Callable[[Sequence[MicroBatch]], LayerStatistics],
-        batches: Sequence[MicroBatch],
-        batching: Batching,
-        finite: bool = True,
-    ) -> Draw:
-        """How statistics vary with the choice of ``batches``; ``finite``: these are of the training data."""
-        parts = batches
-        if len(batches) < PARTS and batching.emulation.trusted:  # few and large
-            parts = [part for batch in batches for part in _divided(batch)]
-
-        def without() -> Iterable[LayerStatistics]:
-            for left_out in range(min(PARTS, len(parts))):
-                yield take([batch for place, batch in enumerate(parts) if place % PARTS != left_out])
-
-        population = self.population if finite else None
-        return Draw(without, min(_samples(batches) / population, 1.0) if population else 0.0)
+        return [*found, _Statistics(by_layer.statistics, told, draw(by_layer.statistics, some))]
 
     def _with_draw(self, remedy: Remedy, draw: Draw) -> Remedy:
         """The same with intervals that cover the choice of the data, too, where they would be sure without it."""
@@ -360,9 +334,39 @@ class Trial:
         return {name: mismatch for name, mismatch in found.items() if math.isfinite(mismatch)}
 
     def with_statistics(self, name: str, found: _Statistics, before: ScoreTable) -> Remedy:
-        after = self.score(statistics=found.values)
-        remedy = self._remedy(name, frozenset(found.values), before, after, None, found.detail)
+        score = partial(Trial.score, statistics=found.values)
+        remedy = self._scored(score, name, frozenset(found.values), before, None, found.detail)
         return self._with_draw(replace(remedy, cost=_PASS), found.draw)
+
+    def _scored(
+        self,
+        score: Callable[[Trial], ScoreTable],
+        name: str,
+        layers: frozenset[int],
+        before: ScoreTable,
+        control: ScoreTable | None,
+        detail: str,
+        by_batch: bool = False,
+    ) -> Remedy:
+        """The remedy, scored on all micro-batches, or where passes are dear until it promises nothing."""
+        if not self.brief or len(self.batches) < PARTS * _FEWEST_FIRST:
+            return self._remedy(name, layers, before, score(self), control, detail, by_batch)
+        first = replace(self, batches=self.batches[_QUARTER])
+        after, baseline = score(first), control and control.part(_QUARTER)
+        remedy = first._remedy(name, layers, before.part(_QUARTER), after, baseline, detail, by_batch)
+        if self._promises_nothing(remedy):
+            return replace(remedy, cut_short=True)
+        others = [batch for place, batch in enumerate(self.batches) if place % PARTS]
+        after = _interleaved(after, score(replace(self, batches=others)))
+        return self._remedy(name, layers, before, after, control, detail, by_batch)
+
+    def _promises_nothing(self, remedy: Remedy) -> bool:
+        """Whether it is surely worse, and not even on average better by a measure that says what is better."""
+        changes: dict[Measure, Estimate | None] = {"loss": remedy.loss_change, "metric": remedy.metric_change}
+        harm = {measure: self._signs[measure] * change.mean for measure, change in changes.items() if change}
+        if not self.goal_is_known and "loss" in harm:
+            harm.pop("metric", None)
+        return self._is_worse(remedy) and all(each >= 0 for each in harm.values())
 
     def of_evaluation_data(self, own: Population, before: ScoreTable) -> None:
         """The statistics of the samples that are scored."""
@@ -371,7 +375,8 @@ class Trial:
         def take(batches: Sequence[MicroBatch]) -> LayerStatistics:
             return steady_population(self.session, batches, self.batching)[0].statistics()
 
-        found = _Statistics(own.statistics(), detail, self._draw(take, self.batches, self.batching, finite=False))
+        values = own.statistics()
+        found = _Statistics(values, detail, draw_of(take, values, self.batches, self.batching, None, self.brief))
         self.attempt(_EVALUATION_STATISTICS, lambda: self.with_statistics(_EVALUATION_STATISTICS, found, before))
 
     def by_batch(self, layers: frozenset[int], size: int, own: Population, before: ScoreTable) -> None:
@@ -386,11 +391,11 @@ class Trial:
     def of_groups(
         self, name: str, group: int, layers: frozenset[int], before: ScoreTable, control: ScoreTable | None = None
     ) -> Remedy:
-        after = self.score(by_batch=layers, group=group)
+        score = partial(Trial.score, by_batch=layers, group=group)
         detail = f"batches of {group} {self.scored_on} samples, each normalized with its own statistics"
         if group == 1:
             detail = f"every {self.scored_on} sample normalized with its own statistics"
-        remedy = self._remedy(name, layers, before, after, control, detail, by_batch=group > 1)
+        remedy = self._scored(score, name, layers, before, control, detail, by_batch=group > 1)
         return replace(remedy, blend=1.0, cost=_OF_SAMPLES) if group == 1 and self._convertible(layers) else remedy
 
     def by_sample(self, layers: frozenset[int], own: Population, before: ScoreTable) -> None:
@@ -415,17 +420,20 @@ class Trial:
         few = max(1, _CHOOSING // max(batch.samples for batch in self.batches))
         choosing = replace(self, batches=self.batches[1::2][:few])
         statistics, _ = self._start(before)
-
-        def badness(blend: Blend) -> tuple[float, ...]:
-            return self._badness(choosing.score(statistics=statistics, blend=blend, most=0).score("eval"))
-
-        best = min((Blend(layers, weight, "moments") for weight in WEIGHTS), key=badness)
-        weights = ", ".join(f"{weight:g}" for weight in WEIGHTS)
+        tried: dict[float, Score] = {}
+        for weight in WEIGHTS:
+            blend = Blend(layers, weight, "moments")
+            tried[weight] = choosing.score(statistics=statistics, blend=blend, most=0).score("eval")
+            losses = [math.inf if score.loss is None else score.loss for score in tried.values()]
+            if self.brief and losses[-1] > min(losses):
+                break  # it is much like a parabola in the weight: more would be worse still
+        best = min(tried, key=lambda weight: self._badness(tried[weight]))
+        weights = ", ".join(f"{weight:g}" for weight in tried)
         detail = (
-            f"moments of every sample mixed into the running ones with weight {best.weight:g}, of {weights} the best on"
+            f"moments of every sample mixed into the running ones with weight {best:g}, of {weights} the best on"
             f" {choosing.samples} other {self.scored_on} samples"
         )
-        return self._converted(_EXAMPLE_WEIGHING, best, before, detail)
+        return self._converted(_EXAMPLE_WEIGHING, Blend(layers, best, "moments"), before, detail)
 
     def _start(self, before: ScoreTable) -> tuple[LayerStatistics | None, ScoreTable]:
         """What a conversion starts from."""
@@ -433,8 +441,8 @@ class Trial:
 
     def _converted(self, name: str, blend: Blend, before: ScoreTable, detail: str) -> Remedy:
         statistics, control = self._start(before)
-        after = self.half.score(statistics=statistics, blend=blend)
-        remedy = self.half._remedy(name, blend.layers, before.part(_HALF), after, control.part(_HALF), detail)
+        score, baseline = partial(Trial.score, statistics=statistics, blend=blend), control.part(_HALF)
+        remedy = self.half._scored(score, name, blend.layers, before.part(_HALF), baseline, detail)
         recalibrated = statistics is not None
         return replace(remedy, blend=blend.weight, recalibrated=recalibrated, cost=_OF_SAMPLES)
 
@@ -451,19 +459,21 @@ class Trial:
         """As ``bnprobe convert --to per-domain`` takes them: these layers use batch statistics, others running ones."""
         statistics, control = self._start(before)
         own, kinds = self._by_kind(shared, training, batching, statistics)
-        after = self.half.score(statistics={**(statistics or {}), **own})
+        values: LayerStatistics = {**(statistics or {}), **own}
+        score = partial(Trial.score, statistics=values)
         domains = {number for name, number in kinds.values() if name == "domain"}
         known = len(domains) > 1 and all(name == "domain" for name, _ in kinds.values())
         what = "domain" if known else "call"
         detail = f"each {what} with the statistics of its own data, of {_samples(training)} training samples"
-        remedy = self.half._remedy(_PER_CALL, shared, before.part(_HALF), after, control.part(_HALF), detail)
+        remedy = self.half._scored(score, _PER_CALL, shared, before.part(_HALF), control.part(_HALF), detail)
         number = max(domains) + 1 if known else None
         remedy = replace(remedy, recalibrated=statistics is not None, domains=number, cost=_OF_CALLS)
 
         def take(batches: Sequence[MicroBatch]) -> LayerStatistics:
             return {**(statistics or {}), **self._by_kind(shared, batches, batching, statistics)[0]}
 
-        return self.half._with_draw(remedy, self._draw(take, training, batching))
+        draw = draw_of(take, values, training, batching, self.population, self.brief)
+        return self.half._with_draw(remedy, draw)
 
     def _by_kind(
         self,
@@ -538,9 +548,13 @@ class Trial:
         """By the measure that comes first, then by the other."""
         first = leading(MEASURES, self.goal_is_known)
         order = sorted(MEASURES, key=lambda measure: measure != first)
-        signs = {"loss": 1.0, "metric": -1.0 if self.goal == "max" else 1.0}
         given = [measure for measure in order if getattr(self.session.functions, measure) is not None]
-        return tuple(math.inf if (value := score.of(each)) is None else signs[each] * value for each in given)
+        return tuple(math.inf if (value := score.of(each)) is None else self._signs[each] * value for each in given)
+
+    @property
+    def _signs(self) -> dict[Measure, float]:
+        """What turns a measure into one of which less is better."""
+        return {"loss": 1.0, "metric": -1.0 if self.goal == "max" else 1.0}
 
     def _remedy(
         self,
@@ -579,12 +593,6 @@ def _direction(change: Estimate | None) -> int:
     return 1 if low > 0 else -1 if high is not None and high < 0 else 0
 
 
-def _divided(batch: MicroBatch) -> list[MicroBatch]:
-    """The samples of a micro-batch in ``PARTS`` parts; fewer where it has fewer samples."""
-    rows = [list(range(start, batch.samples, PARTS)) for start in range(min(PARTS, batch.samples))]
-    return [MicroBatch(pick(batch.data, part, batch.samples), len(part)) for part in rows]
-
-
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     """Consecutive micro-batches as one.
 
@@ -598,6 +606,15 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
 def _change(measure: Measure, after: ScoreTable, before: ScoreTable, by_batch: bool) -> Estimate | None:
     one, other = after.scores(measure, "eval"), before.scores(measure, "eval")
     return None if one is None or other is None else paired_difference(one, other, shared=by_batch)
+
+
+def _interleaved(quarter: ScoreTable, others: ScoreTable) -> ScoreTable:
+    """The scores of the ``_QUARTER`` and of all others, in the order of the micro-batches."""
+    rows = {key: list(each) for key, each in others.rows.items()}
+    for key, each in quarter.rows.items():
+        for place, row in enumerate(each):
+            rows[key].insert(PARTS * place, row)
+    return replace(quarter, rows=rows)
 
 
 def _close(one: float | None, other: float | None) -> bool:

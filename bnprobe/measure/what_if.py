@@ -12,6 +12,7 @@ from bnprobe.measure.batch import MicroBatch
 from bnprobe.measure.memory import plan_small
 from bnprobe.measure.physical_batch import Batching, as_sentence
 from bnprobe.measure.population import steady_population
+from bnprobe.measure.scores import ScoreTable
 from bnprobe.measure.session import Session
 from bnprobe.measure.trial import RAISES, REFUSALS, MicroBatchStatistics, Trial, Tried
 from bnprobe.records import Goal
@@ -37,6 +38,8 @@ def what_if(
     seconds: float | None = None,
     micro_batch: MicroBatchStatistics | None = None,
     population: int | None = None,
+    before: ScoreTable | None = None,
+    brief: bool = False,
 ) -> Tried:
     """Loss and metric on the held-out batches, eval path, as loaded and with each remedy.
 
@@ -89,6 +92,8 @@ def what_if(
             None: no limit.
         micro_batch: Statistics of micro-batches as in training, of other data than what is scored; None: not known.
         population: Samples of the training data, where it is a finite set that is always the same.
+        before: Scores of the model as loaded on the held-out batches, one of each; None: not known.
+        brief: As in ``Trial``.
 
     Returns:
         In this order, but that frozen layers come right after "recalibrated"; none if no layer is concerned. Both need
@@ -99,14 +104,14 @@ def what_if(
     """
     _require_a_measure(session, held_out)
     how = (goal, goal_is_known, scored_on)
-    trial = Trial(session, scoring or batching, *how, held_out, population=population)
+    trial = Trial(session, scoring or batching, *how, held_out, population=population, brief=brief)
     most = _LAYER_PASSES
     try:
         if seconds is not None:
             each = trial.seconds_per_sample()
             trial, training = replace(trial, batches=_within(held_out, seconds, each)), _within(training, seconds, each)
             most = min(most, int(seconds / each))
-        before = trial.score()
+        before = trial.score() if before is None else before.part(slice(len(trial.batches)))
         own, footprint = steady_population(session, trial.batches, trial.batching)
     except REFUSALS as error:
         return Tried(untried=(f"No remedy was tried. {as_sentence(error, RAISES)}",))

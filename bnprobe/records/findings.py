@@ -116,6 +116,7 @@ class Remedy(Record):
         recalibrated: The running statistics were recalibrated first, as ``bnprobe convert`` does; so were those of the
             control.
         cost: What the remedy costs where it is used, a phrase; empty: nothing.
+        cut_short: It was worse on these samples already, and so was scored on no more.
     """
 
     name: str
@@ -132,3 +133,4 @@ class Remedy(Record):
     recalibrated: bool = False
     cost: str = ""
     domains: int | None = None
+    cut_short: bool = False

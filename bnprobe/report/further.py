@@ -201,7 +201,7 @@ def remedies_in_words(report: Report) -> tuple[str, list[Remedy], str]:
     found, goal, measure = report.remedies, goal_of_metric(report), _ranked_by(report)
     judged = measure == "loss" or effect.goal_of(report.summary.gaps, report.summary.chance) is not None
     ordered = best_first(found, measure, goal)
-    sizes = sorted({remedy.images for remedy in found})
+    sizes = sorted({remedy.images for remedy in found if not remedy.cut_short} or {found[0].images})
     half = f", or on the {sizes[0]:,} of every other batch, which chose nothing" if len(sizes) > 1 else ""
     what = plural(report.scan.sample)
     data = f"held-out {what}" if found[0].scored_on == "held-out" else f"training {what} that gave no statistics"
@@ -226,7 +226,8 @@ def _other_samples(found: Sequence[Remedy], report: Report) -> str:
     level = "held_out" if found[0].scored_on == "held-out" else "inference"
     for gap in report.summary.gaps:
         number = gap.held_out_samples if level == "held_out" else gap.samples
-        steps, before = getattr(gap, level), {remedy.before.of(gap.measure) for remedy in found} - {None}
+        before = {remedy.before.of(gap.measure) for remedy in found if not remedy.cut_short} - {None}
+        steps = getattr(gap, level)
         if number and steps is not None and any(_score(value) != _score(steps) for value in before):
             what, where = plural(report.scan.sample), found[0].scored_on
             return f"Not the same {what} as for the steps above ({number:,} {where} {what}): their values differ."
@@ -344,7 +345,8 @@ def how_done(remedy: Remedy) -> str:
         baseline = f"baseline: {', '.join(given)}" if given else ""
         if given and remedy.recalibrated:
             baseline = f"baseline, recalibrated as well: {', '.join(given)}"
-    return "; ".join(filter(None, (remedy.detail, baseline)))
+    short = f"worse on these {remedy.images:,}, and scored on no more" if remedy.cut_short else ""
+    return "; ".join(filter(None, (remedy.detail, baseline, short)))
 
 
 def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:

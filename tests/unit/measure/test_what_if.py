@@ -27,10 +27,10 @@ from bnprobe.measure.reader import Reader
 from bnprobe.measure.restore import untouched
 from bnprobe.measure.scan_loop import probe
 from bnprobe.measure.session import PathName, Session, UserFunctions, no_progress
-from bnprobe.measure.trial import WEIGHTS, MicroBatchStatistics
+from bnprobe.measure.trial import WEIGHTS, MicroBatchStatistics, Trial
 from bnprobe.measure.what_if import what_if
 from bnprobe.nn import domain
-from bnprobe.records import Remedy, Score
+from bnprobe.records import Estimate, Goal, Remedy, Score
 from bnprobe.repairs.domains import recalibrate_domains
 from support.fingerprint import fingerprint
 from support.networks import Dense, Flat, MinibatchStd, Residual, Siamese, images, unsettled
@@ -192,6 +192,95 @@ def test_the_weight_of_example_weighing_is_the_best_on_the_batches_that_score_no
     assert "example weighing" not in remedies(model, training, evaluation[:1])  # nothing is left to choose by
 
 
+def distance(model: nn.Module, batch: Any) -> Tensor:
+    """From the outputs that are wanted."""
+    return (model(batch["x"]) - batch["wanted"]).square().mean()
+
+
+def off_by(factor: float, *parts: list[Any]) -> nn.Module:
+    """A network whose running variances are off, on data that want the outputs of what fits all of it."""
+    fitting = recalibrated(unsettled(Residual()), [batch for part in parts for batch in part])
+    for part in parts:
+        for batch in part:
+            batch["wanted"] = fitting(batch["x"]).detach()
+    for norm in norms(fitting):
+        norm.running_var *= factor
+    return fitting
+
+
+def test_no_larger_weight_is_tried_once_one_is_worse() -> None:
+    """Where passes are dear."""
+    training, evaluation = labelled(10, 3, 6, 6), labelled(9, 3, 6, 6, seed=5)
+    for factor, brief, best, tried in (
+        (1.0, True, "0.125", "0.125, 0.25"),
+        (1.0, False, "0.125", "0.125, 0.25, 0.5, 0.75"),
+        (4.0, True, "0.5", "0.125, 0.25, 0.5, 0.75"),
+    ):
+        model = off_by(factor, training, evaluation)
+        with running(model, evaluation, SIZE, UserFunctions(None, distance)) as (session, emulation):
+            found = what_if(session, [], counted(evaluation), Batching(SIZE, emulation, 99), brief=brief).remedies
+        remedy = next(each for each in found if each.name == "example weighing")
+        assert remedy.blend == float(best)
+        assert remedy.detail.endswith(f"with weight {best}, of {tried} the best on 16 other held-out samples")
+
+
+WORSE, UNSURE, BETTER = Estimate(1.0, (0.5, 1.5)), Estimate(0.1, (-0.3, 0.5)), Estimate(-1.0, (-1.5, -0.5))
+LESS = Estimate(-0.1, (-0.5, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("loss_change", "metric_change", "goal", "known", "nothing"),
+    [
+        (WORSE, None, "max", True, True),
+        (UNSURE, None, "max", True, False),
+        (WORSE, LESS, "max", True, True),
+        (WORSE, UNSURE, "max", True, False),  # the metric may yet be surely better
+        (WORSE, UNSURE, "min", True, True),
+        (WORSE, LESS, "min", True, False),
+        (WORSE, BETTER, "min", True, False),
+        (WORSE, BETTER, "min", False, True),  # where nobody said what is better in the metric, the loss decides
+        (LESS, BETTER, "max", True, False),  # the loss may yet be surely better
+        (UNSURE, BETTER, "max", True, True),
+        (None, BETTER, "max", False, True),
+        (None, WORSE, "max", False, False),
+    ],
+)
+def test_what_promises_nothing_is_worse_by_every_measure(
+    loss_change: Estimate | None, metric_change: Estimate | None, goal: Goal, known: bool, nothing: bool
+) -> None:
+    score = Score(1.0, 1.0)
+    remedy = Remedy("any", (), score, score, None, 8, "", loss_change, metric_change)
+    with running(unsettled(Flat()), images(2, SIZE, 6), SIZE) as (session, emulation):
+        trial = Trial(session, Batching(SIZE, emulation, 1), goal, known, "held-out", [])
+    assert trial._promises_nothing(remedy) == nothing
+
+
+def test_where_passes_are_dear_what_is_worse_on_a_part_is_scored_on_no_more() -> None:
+    """The part is from all over the data, which is sorted. What is not worse is scored on all, as in other trials."""
+    training, evaluation = labelled(10, 3, 6, 6), labelled(64, 3, 6, 6, seed=5)
+    model = off_by(4.0, training, evaluation)
+    with running(model, evaluation, SIZE, UserFunctions(None, distance)) as (session, emulation):
+        how = (counted(training), counted(evaluation), Batching(SIZE, emulation, 99))
+        usual, brief = (
+            {each.name: each for each in what_if(session, *how, larger=False, brief=dear).remedies}
+            for dear in (False, True)
+        )
+    assert list(usual) == list(brief)
+    short = {name for name, remedy in brief.items() if remedy.cut_short}
+    assert short == {"batch statistics", "instance statistics"}
+    for name, remedy in brief.items():
+        whole = evaluation[::2] if name in ("instance renorm", "example weighing") else evaluation
+        part = whole[::4] if name in short else whole
+        assert remedy.images == SIZE * len(part)
+        values = [float(distance(model, batch).detach()) for batch in part]
+        assert remedy.before.loss == pytest.approx(sum(values) / len(values), rel=1e-4)
+        if name in short:
+            assert remedy.loss_change.interval[0] > 0
+        else:
+            assert remedy.after.loss == pytest.approx(usual[name].after.loss, rel=1e-6)
+            assert remedy.loss_change.mean == pytest.approx(usual[name].loss_change.mean, rel=1e-6)
+
+
 @pytest.mark.parametrize("of", ["moments", "outputs"])
 def test_rows_of_one_sample_are_blended_one_by_one(of: Blending) -> None:
     """As the converted layer does, which knows of no samples; with and without other micro-batches beside them."""
@@ -218,9 +307,47 @@ def test_rows_of_one_sample_are_blended_one_by_one(of: Blending) -> None:
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("population", [None, 160, 40])
-def test_a_sure_gain_covers_the_choice_of_the_training_data(population: int | None) -> None:
-    """Recalibrate without each quarter of the micro-batches, and score every fourth held-out one."""
+def without_each_quarter(model: nn.Module, training: list[Any]) -> list[nn.Module]:
+    """Recalibrated on three quarters of the micro-batches."""
+    return [
+        recalibrated(model, [batch for place, batch in enumerate(training) if place % 4 != part]) for part in range(4)
+    ]
+
+
+def moved_without_each_quarter(model: nn.Module, training: list[Any]) -> list[nn.Module]:
+    """Recalibrated on all micro-batches, and moved as statistics of quarters, pooled, move without one of these."""
+    quarters = [norms(recalibrated(model, training[part::4])) for part in range(4)]
+    twins = [recalibrated(model, training) for _ in quarters]
+    for part, twin in enumerate(twins):
+        for place, norm in enumerate(norms(twin)):
+            given = [(each[place].running_mean, each[place].running_var) for each in quarters]
+            whole, others = (
+                (means.mean(0), (variances + (means - means.mean(0)) ** 2).mean(0))
+                for means, variances in (
+                    map(torch.stack, zip(*chosen, strict=True)) for chosen in (given, given[:part] + given[part + 1 :])
+                )
+            )
+            norm.running_mean += (others[0] - whole[0]) * (norm.running_var / whole[1]).sqrt()
+            norm.running_var *= others[1] / whole[1]
+    return twins
+
+
+@pytest.mark.parametrize(
+    ("twins_of", "population"),
+    [
+        (without_each_quarter, None),
+        (without_each_quarter, 160),
+        (without_each_quarter, 40),
+        (moved_without_each_quarter, None),
+    ],
+)
+def test_a_sure_gain_covers_the_choice_of_the_training_data(
+    twins_of: Callable[[nn.Module, list[Any]], list[nn.Module]], population: int | None
+) -> None:
+    """By statistics without each quarter, of which every one scores every fourth held-out micro-batch.
+
+    Where passes are dear, the statistics are put together from those of the quarters.
+    """
     model, training, evaluation = unsettled(Residual()), labelled(10, 3, 6, 6), labelled(12, 3, 6, 6, seed=5)
     for norm in norms(model):
         norm.running_var *= 1e-4  # so that the gain is sure
@@ -228,10 +355,9 @@ def test_a_sure_gain_covers_the_choice_of_the_training_data(population: int | No
         batch["scale"] = 1.0
     with running(model, evaluation, SIZE, PLAIN) as (session, emulation):
         how = (counted(training), counted(evaluation), Batching(SIZE, emulation, 99))
-        found = next(iter(what_if(session, *how, population=population).remedies)).loss_change
-    twins = [
-        recalibrated(model, [batch for place, batch in enumerate(training) if place % 4 != part]) for part in range(4)
-    ]
+        brief = twins_of is moved_without_each_quarter
+        found = next(iter(what_if(session, *how, population=population, brief=brief).remedies)).loss_change
+    twins = twins_of(model, training)
     values = np.array([np.mean([scored(twin, [batch]).loss for batch in evaluation[::4]]) for twin in twins])
     variance = 3 / 4 * ((values - values.mean()) ** 2).sum() * (1 - (40 / population if population else 0))
     whole, samples = recalibrated(model, training), join(list(evaluation))

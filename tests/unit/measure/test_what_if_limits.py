@@ -228,7 +228,7 @@ def test_of_large_samples_no_more_are_tried_than_were_measured(monkeypatch: pyte
     batches, note = labelled(64, 4), "To save time, remedies were tried on "
 
     def scanned(measured: int, values: int, **settings: Any) -> tuple[int, list[str]]:
-        monkeypatch.setattr("bnprobe.measure.further.TRIAL_VALUES", values)
+        monkeypatch.setattr("bnprobe.measure.further.TRIAL_WORK", 4 * values)
         given = {"evaluation": batches, "loss": cross_entropy, "num_batches": measured, **settings}
         report = bnprobe.scan(unsettled(Network()), batches, **given)
         return report.remedies[0].images, [each for each in report.scan.notes if each.startswith(note)]
@@ -239,3 +239,47 @@ def test_of_large_samples_no_more_are_tried_than_were_measured(monkeypatch: pyte
     assert scanned(2, 0) == (32, [left_out.replace("96", "64")])  # eight micro-batches
     assert scanned(2, 64 * 256) == scanned(64, 0) == scanned(2, 0, thorough=True) == scanned(2, 0, what_if=True)
     assert scanned(2, 64 * 256) == (256, [])
+
+
+PASSED: list[int] = []
+"""Samples of every forward pass; not in the model, whose attributes come back as they were."""
+
+
+class Counting(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        PASSED.append(len(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_what_the_scan_has_scored_is_not_scored_again(held_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model as loaded, on held-out data, or without any on training data: the same figures without a pass."""
+    model, batches = unsettled(Counting()), labelled(32, 4)
+    evaluation = batches[16:] if held_out else None
+    reports, passed = [], []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr("bnprobe.measure.further._as_loaded", lambda *_: None)
+        PASSED.clear()
+        given = {"evaluation": evaluation, "loss": cross_entropy, "num_batches": 16, "thorough": True}
+        reports.append(bnprobe.scan(model, batches[:16], **given))
+        passed.append(sum(PASSED))
+    assert passed[1] - passed[0] == (64 if held_out else 16)
+    assert reports[0].remedies
+    for one, other in zip(*(report.remedies for report in reports), strict=True):
+        assert one.before.loss == pytest.approx(other.before.loss, rel=1e-6)
+        assert one.after == other.after
+        assert one.loss_change.mean == pytest.approx(other.loss_change.mean, abs=1e-6)
+        assert one.loss_change.interval == pytest.approx(other.loss_change.interval, abs=1e-5)
+
+
+def test_only_where_passes_are_dear_a_note_says_what_was_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unsettled(Network()).eval()
+    batches = [(x, model(x).argmax(1)) for x, _ in labelled(64, 4)]  # whatever is done makes it worse
+    start = "To save time, remedies that were worse on a part of the samples were scored on no more; thorough=True"
+    for work, settings in ((0, {}), (2**29, {}), (0, {"thorough": True}), (0, {"what_if": True})):
+        monkeypatch.setattr("bnprobe.measure.further.TRIAL_WORK", work)
+        report = bnprobe.scan(model, batches, evaluation=batches, loss=cross_entropy, num_batches=64, **settings)
+        short = [remedy.name for remedy in report.remedies if remedy.cut_short]
+        noted = [note for note in report.scan.notes if note.startswith(start)]
+        assert bool(short) == bool(noted) == (work == 0 and not settings)

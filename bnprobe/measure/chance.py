@@ -1,0 +1,167 @@
+"""Do outputs know their own sample? What loss and metric are where every sample is given the output of another one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnprobe.errors import BnprobeError
+from bnprobe.loading.returned import one_number
+from bnprobe.measure.batch import CannotEmulateError, MicroBatch, copy_tensors, tensors_of, to_device
+from bnprobe.measure.forward_pass import Pass
+from bnprobe.measure.physical_batch import Batching
+from bnprobe.measure.scores import ScoreTable, run_together, score_outputs, scoring
+from bnprobe.measure.session import Outputs, PathName, Session, rows_of
+from bnprobe.records import MEASURES, Chance, ChanceValues, Measure
+from bnprobe.stats.scores import Scores, paired_difference
+
+SAMPLES = 256
+"""Samples whose outputs are given to other samples."""
+
+_FEWEST = 2
+"""Micro-batches that there must be for that."""
+
+KEPT_BYTES = 2**24
+"""Outputs of a scan are kept up to this size, so that they need not be computed again."""
+
+_SAME = 1e-6
+"""A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
+
+
+class Kept(NamedTuple):
+    """What a physical batch of so many micro-batches, of so many samples each, gave on each path."""
+
+    micro_batches: int
+    size: int
+    outputs: Mapping[PathName, Outputs]
+
+
+@dataclass
+class KeptOutputs:
+    """Outputs of the model for the first micro-batches of a scan, where they are small.
+
+    They stay in the process that computed them: pickled, this is empty.
+    """
+
+    _steps: list[Kept] = field(default_factory=list)
+    _bytes: int = 0
+    _open: bool = True
+
+    def copied(self, outputs: Mapping[PathName, Outputs], micro_batches: int, size: int) -> Kept | None:
+        """What ``add`` is to be given of the next physical batch; None where there is enough, or it is too much."""
+        if not self._open:
+            return None
+        tensors = tensors_of(list(outputs.values()))
+        self._bytes += sum(tensor.nbytes for tensor in tensors)
+        if self._bytes > KEPT_BYTES or any(tensor.requires_grad for tensor in tensors):  # a graph holds much more
+            self._steps.clear()
+            self._open = False
+            return None
+        total = micro_batches * size
+        return Kept(micro_batches, size, {path: rows_of(found, 0, total, total) for path, found in outputs.items()})
+
+    def add(self, kept: Kept | None) -> None:
+        """Keep what ``copied`` gave."""
+        if kept is not None:
+            self._steps.append(kept)
+            samples = sum(step.micro_batches * step.size for step in self._steps)
+            self._open = samples < SAMPLES or self.micro_batches < _FEWEST
+
+    @property
+    def micro_batches(self) -> int:
+        """How many there are outputs of."""
+        return sum(step.micro_batches for step in self._steps)
+
+    def of(self, path: PathName, micro_batches: int) -> list[tuple[int, int, Outputs]]:
+        """Of the first so many: how many there are in each physical batch, their size and outputs; none if some lack.
+
+        Where the path without random layers was not measured, it is the train path.
+        """
+        found, left = list[tuple[int, int, Outputs]](), micro_batches
+        for step in self._steps:
+            name: PathName = "train" if path == "steady" and path not in step.outputs else path
+            if left <= 0 or name not in step.outputs:
+                break
+            used = min(left, step.micro_batches)
+            own = rows_of(step.outputs[name], 0, used * step.size, step.micro_batches * step.size)
+            found.append((used, step.size, own))
+            left -= used
+        return [] if left > 0 else found
+
+    def __reduce__(self) -> tuple[type[KeptOutputs], tuple[()]]:
+        return KeptOutputs, ()
+
+
+def chance_levels(
+    session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, kept: KeptOutputs | None
+) -> tuple[tuple[Chance, ...], int]:
+    """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
+
+    Outputs that say nothing about their sample score the same in both. On the path without random layers, and on the
+    eval path. The other sample is from a micro-batch half the list away, since neighbours may be of one kind.
+
+    Args:
+        session: Installed.
+        micro_batches: On the host; the first ones are enough.
+        batching: How they run.
+        kept: Their outputs, as far as these are known; None: they are not.
+
+    Returns:
+        One for each function; a mode is None where an output cannot be given to another sample (the function runs the
+        model on something else, or samples differ in size), and where the value is one of the outputs alone, as where
+        all samples have the same target. And how many samples were used.
+    """
+    found: dict[PathName, dict[str, ChanceValues]] = {"steady": {}, "eval": {}}
+    some = micro_batches[: max(_FEWEST, SAMPLES // max(batch.samples for batch in micro_batches))]
+    if len(some) >= _FEWEST:
+        for path in found:
+            with suppress(BnprobeError, CannotEmulateError):
+                found[path] = dict(_chance(session, path, some, batching, kept))
+    levels = (Chance(each, found["steady"].get(each), found["eval"].get(each)) for each in MEASURES)
+    known = tuple(level for level in levels if level.training is not None or level.inference is not None)
+    return known, sum(batch.samples for batch in some)
+
+
+def _chance(
+    session: Session, path: PathName, micro_batches: Sequence[MicroBatch], batching: Batching, kept: KeptOutputs | None
+) -> Iterator[tuple[str, ChanceValues]]:
+    own = ScoreTable()
+    other: dict[Measure, list[Tensor]] = {}
+    recorded: list[tuple[Any, int, Outputs]] = []
+
+    def record(batches: list[Any], size: int, outputs: Outputs) -> None:
+        own.add(score_outputs(session, path, batches, outputs, size))
+        starts = range(0, size * len(batches), size)
+        parts = [rows_of(outputs, start, start + size, size * len(batches)) for start in starts]
+        recorded.extend((batch, size, part) for batch, part in zip(batches, parts, strict=True))
+
+    known, data = [] if kept is None else kept.of(path, len(micro_batches)), iter(micro_batches)
+    if known:
+        first = micro_batches[0]  # a pass sets the mode that loss and metric may ask for
+        session.forward(path, to_device(first.data, session.device), Pass(first.samples, first.samples))
+    for number, size, outputs in known:
+        record([to_device(next(data).data, session.device) for _ in range(number)], size, outputs)
+    if not known:
+        run_together(session, path, micro_batches, batching, lambda *step: record(*step[:3]), scored=True)
+    given = {"loss": session.functions.loss, "metric": session.functions.metric}
+    functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
+    for measure, function in functions.items():
+        with scoring(session, path, measure, function, recorded[0][1]) as call:
+            for position, (batch, size, _) in enumerate(recorded):
+                _, _, outputs = recorded[(position + len(recorded) // 2) % len(recorded)]
+                value = call(copy_tensors(batch), rows_of(outputs, 0, size, size))
+                other.setdefault(measure, []).append(one_number(measure, function, value).cpu())
+    for measure, values in other.items():
+        if (mine := own.scores(measure, path)) is None:
+            continue
+        theirs = Scores(torch.stack(values), mine.sizes)
+        change = paired_difference(Scores(mine.batches, mine.sizes), theirs, shared=True)
+        # Every output is used once on both sides: a value of the outputs alone has the same mean.
+        if math.isfinite(theirs.mean) and abs(mine.mean - theirs.mean) > _SAME * abs(mine.mean):
+            yield measure, ChanceValues(mine.mean, theirs.mean, change)
