@@ -79,7 +79,7 @@ class KeptOutputs:
         return sum(step.micro_batches for step in self._steps)
 
     def of(self, path: PathName, micro_batches: int) -> list[tuple[int, int, Outputs]]:
-        """Of the first so many: how many there are in each physical batch, their size and outputs; none if some lack.
+        """Of the first so many, as far as there are any: how many are in each physical batch, their size and outputs.
 
         Where the path without random layers was not measured, it is the train path.
         """
@@ -92,14 +92,18 @@ class KeptOutputs:
             own = rows_of(step.outputs[name], 0, used * step.size, step.micro_batches * step.size)
             found.append((used, step.size, own))
             left -= used
-        return [] if left > 0 else found
+        return found
 
     def __reduce__(self) -> tuple[type[KeptOutputs], tuple[()]]:
         return KeptOutputs, ()
 
 
 def chance_levels(
-    session: Session, micro_batches: Sequence[MicroBatch], batching: Batching, kept: KeptOutputs | None
+    session: Session,
+    micro_batches: Sequence[MicroBatch],
+    batching: Batching,
+    kept: KeptOutputs | None,
+    most: int | None = None,
 ) -> tuple[tuple[Chance, ...], int]:
     """Loss and metric with every sample's own output, and with the output of a sample of another micro-batch.
 
@@ -111,6 +115,7 @@ def chance_levels(
         micro_batches: On the host; the first ones are enough.
         batching: How they run.
         kept: Their outputs, as far as these are known; None: they are not.
+        most: Samples to use, at least two micro-batches; None, or more: ``SAMPLES``.
 
     Returns:
         One for each function; a mode is None where an output cannot be given to another sample (the function runs the
@@ -118,7 +123,8 @@ def chance_levels(
         all samples have the same target. And how many samples were used.
     """
     found: dict[PathName, dict[str, ChanceValues]] = {"steady": {}, "eval": {}}
-    some = micro_batches[: max(_FEWEST, SAMPLES // max(batch.samples for batch in micro_batches))]
+    largest = max(batch.samples for batch in micro_batches)
+    some = micro_batches[: max(_FEWEST, min(SAMPLES, SAMPLES if most is None else most) // largest)]
     if len(some) >= _FEWEST:
         for path in found:
             with suppress(BnprobeError, CannotEmulateError):
@@ -141,14 +147,13 @@ def _chance(
         parts = [rows_of(outputs, start, start + size, size * len(batches)) for start in starts]
         recorded.extend((batch, size, part) for batch, part in zip(batches, parts, strict=True))
 
-    known, data = [] if kept is None else kept.of(path, len(micro_batches)), iter(micro_batches)
-    if known:
-        first = micro_batches[0]  # a pass sets the mode that loss and metric may ask for
-        session.forward(path, to_device(first.data, session.device), Pass(first.samples, first.samples))
+    known, left = [] if kept is None else kept.of(path, len(micro_batches)), list(micro_batches)
+    if known:  # a pass sets the mode that loss and metric may ask for
+        session.forward(path, to_device(left[0].data, session.device), Pass(left[0].samples, left[0].samples))
     for number, size, outputs in known:
-        record([to_device(next(data).data, session.device) for _ in range(number)], size, outputs)
-    if not known:
-        run_together(session, path, micro_batches, batching, lambda *step: record(*step[:3]), scored=True)
+        record([to_device(batch.data, session.device) for batch in left[:number]], size, outputs)
+        del left[:number]
+    run_together(session, path, left, batching, lambda *step: record(*step[:3]), scored=True)
     given = {"loss": session.functions.loss, "metric": session.functions.metric}
     functions = {measure: function for measure in MEASURES if (function := given[measure]) is not None}
     for measure, function in functions.items():

@@ -57,10 +57,10 @@ WHAT_IF_IMAGES = 512
 TRIAL_SECONDS = 10.0
 """Scoring the model takes at most about this long where trials were not asked for; some 15 such passes are made."""
 
-TRIAL_WORK = 2**29
-"""Values at norm layers in such a pass, each times the channels of its layer: a convolution before it multiplies about
-as many times for every value. A pass takes as many samples as the scan has measured in any case; where these are more
-than that, passes are dear."""
+PASS_WORK = 2**29
+"""Values at norm layers in a pass, each times the channels of its layer: a convolution before it multiplies about as
+often for every value. A pass that was not asked for may take so much, and in any case as many samples as the scan has
+measured; one that takes more is dear."""
 
 _ASKED_FOR = "asked for"
 
@@ -177,7 +177,7 @@ def measure_further(
             _try_remedies(found, session, evidence, settings)
     _train(found, session, evidence, settings, make_optimizer)
     with session.installed():
-        _tell_apart(found, session, evidence, wanted)
+        _tell_apart(found, session, evidence, settings, wanted)
 
 
 def joint_impacts(
@@ -255,11 +255,12 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
     asked, batching = bool(settings.what_if), evidence.batching
     whole = asked or settings.thorough
     usable = sum(batch.samples for batch in (*training, *scored))
-    cheap = TRIAL_WORK // max(_work_per_sample(session, evidence), 1)
-    brief = not whole and cheap < evidence.samples
+    brief = False
     if not whole:
+        cheap = _cheap_samples(session, evidence)
         most = max(evidence.samples, cheap)
         training, scored = (batches[: _filled(batches, most)] for batches in (training, scored))
+        brief = cheap < max(sum(batch.samples for batch in batches) for batches in (training, scored))
     before = None if evidence.repeat or not evidence.alone else _as_loaded(session, scores, scored)
     with found.counted("what-if", _ASKED_FOR if asked else "to try remedies before they are advised") as took:
         tried = what_if(
@@ -318,11 +319,11 @@ def _values_per_sample(session: Session, evidence: Evidence) -> int:
     return values // evidence.batch_size
 
 
-def _work_per_sample(session: Session, evidence: Evidence) -> int:
-    """The same, each value times the channels of its layer."""
+def _cheap_samples(session: Session, evidence: Evidence) -> int:
+    """The samples of a pass of ``PASS_WORK``."""
     layers = session.layers.layers
     work = sum(values * layers[index].info.channels ** 2 for (index, _), values in evidence.values.items())
-    return int(work // evidence.batch_size)
+    return int(PASS_WORK * evidence.batch_size // max(work, 1))
 
 
 def micro_batch_statistics(session: Session, evidence: Evidence) -> MicroBatchStatistics:
@@ -388,7 +389,7 @@ def _guarded(make_optimizer: MakeOptimizer) -> MakeOptimizer:
     return make
 
 
-def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wanted) -> None:
+def _tell_apart(found: Further, session: Session, evidence: Evidence, settings: ScanSettings, wanted: Wanted) -> None:
     """What tells one cause from another, where the paths leave it open."""
     batches, sizes = evidence.micro_batches, [batch.samples for batch in evidence.counted]
     found.random_before = random_layers_before(session, batches[0], sizes[0]) if batches else None
@@ -407,7 +408,8 @@ def _tell_apart(found: Further, session: Session, evidence: Evidence, wanted: Wa
     if wanted.scored:
         with found.counted("chance", "what outputs of other samples score") as took:
             kept = evidence.kept_outputs if evidence.alone else None
-            found.chance, samples = chance_levels(session, evidence.counted, evidence.batching, kept)
+            most = None if settings.thorough else max(evidence.samples, _cheap_samples(session, evidence))
+            found.chance, samples = chance_levels(session, evidence.counted, evidence.batching, kept, most)
             took(samples)
     if wanted.stale:
         with found.counted("eps", "whether the statistics fit another eps") as took:

@@ -54,10 +54,10 @@ def labelled(count: int) -> list[Any]:
 
 @contextmanager
 def scanned(
-    model: nn.Module, batches: list[Any], scored: Callable[..., Any] = loss
+    model: nn.Module, batches: list[Any], scored: Callable[..., Any] = loss, measured: int | None = None
 ) -> Iterator[tuple[Session, Evidence]]:
     """A session after the two paths."""
-    settings = ScanSettings(device="cpu", batches=len(batches))
+    settings = ScanSettings(device="cpu", batches=measured or len(batches))
     session = Session.open(model, settings, UserFunctions(None, scored, accuracy))
     with session.installed():
         evidence = probe(session, Reader(batches, SIZE, len(batches)), settings, no_progress)
@@ -65,10 +65,12 @@ def scanned(
         yield session, evidence
 
 
-def levels(session: Session, evidence: Evidence, kept: KeptOutputs | None) -> tuple[tuple[Chance, ...], int, int]:
+def levels(
+    session: Session, evidence: Evidence, kept: KeptOutputs | None, most: int | None = None
+) -> tuple[tuple[Chance, ...], int, int]:
     """The values, the samples that they are of, and those that the model ran for them."""
     PASSED.clear()
-    found, samples = chance_levels(session, evidence.counted, evidence.batching, kept)
+    found, samples = chance_levels(session, evidence.counted, evidence.batching, kept, most)
     return found, samples, sum(PASSED)
 
 
@@ -86,6 +88,19 @@ def test_kept_outputs_say_the_same_as_passes(dropout: bool) -> None:
     assert samples == same == 20 * SIZE
     assert (passed, few) == (2 * 20 * SIZE, 2 * SIZE)  # a micro-batch on each path sets the mode
     assert len(flat(again)) == 12
+    assert flat(kept) == pytest.approx(flat(again), rel=1e-5, abs=1e-7)
+
+
+def test_what_was_not_kept_runs_after_what_was() -> None:
+    """More micro-batches are kept, for remedies, than the paths have run."""
+    batches = labelled(20)
+    with scanned(unsettled(Network()), batches, measured=12) as (session, evidence):
+        assert (evidence.batches, len(evidence.counted), evidence.kept_outputs.micro_batches) == (12, 20, 12)
+        again, _, passed = levels(session, evidence, None)
+        kept, samples, few = levels(session, evidence, evidence.kept_outputs)
+        _, measured, least = levels(session, evidence, evidence.kept_outputs, most=12 * SIZE)
+    assert (samples, passed, few) == (20 * SIZE, 2 * 20 * SIZE, 2 * (1 + 20 - 12) * SIZE)
+    assert (measured, least) == (12 * SIZE, 2 * SIZE)
     assert flat(kept) == pytest.approx(flat(again), rel=1e-5, abs=1e-7)
 
 
@@ -181,7 +196,8 @@ def test_part_of_a_physical_batch_is_given_where_no_more_is_wanted() -> None:
     assert (number, size) == (1, 2)
     assert outputs[0,].tolist() == values[:2].tolist()
     assert [number for number, _, _ in kept.of("eval", 3)] == [2, 1]
-    assert kept.of("eval", 4) == kept.of("train", 1) == []
+    assert [number for number, _, _ in kept.of("eval", 4)] == [2, 1]
+    assert kept.of("train", 1) == []
 
 
 def test_outputs_stay_in_their_process() -> None:

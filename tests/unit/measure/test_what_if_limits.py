@@ -228,7 +228,7 @@ def test_of_large_samples_no_more_are_tried_than_were_measured(monkeypatch: pyte
     batches, note = labelled(64, 4), "To save time, remedies were tried on "
 
     def scanned(measured: int, values: int, **settings: Any) -> tuple[int, list[str]]:
-        monkeypatch.setattr("bnprobe.measure.further.TRIAL_WORK", 4 * values)
+        monkeypatch.setattr("bnprobe.measure.further.PASS_WORK", 4 * values)
         given = {"evaluation": batches, "loss": cross_entropy, "num_batches": measured, **settings}
         report = bnprobe.scan(unsettled(Network()), batches, **given)
         return report.remedies[0].images, [each for each in report.scan.notes if each.startswith(note)]
@@ -278,8 +278,20 @@ def test_only_where_passes_are_dear_a_note_says_what_was_cut_short(monkeypatch: 
     batches = [(x, model(x).argmax(1)) for x, _ in labelled(64, 4)]  # whatever is done makes it worse
     start = "To save time, remedies that were worse on a part of the samples were scored on no more; thorough=True"
     for work, settings in ((0, {}), (2**29, {}), (0, {"thorough": True}), (0, {"what_if": True})):
-        monkeypatch.setattr("bnprobe.measure.further.TRIAL_WORK", work)
+        monkeypatch.setattr("bnprobe.measure.further.PASS_WORK", work)
         report = bnprobe.scan(model, batches, evaluation=batches, loss=cross_entropy, num_batches=64, **settings)
         short = [remedy.name for remedy in report.remedies if remedy.cut_short]
         noted = [note for note in report.scan.notes if note.startswith(start)]
         assert bool(short) == bool(noted) == (work == 0 and not settings)
+
+
+def test_a_single_batch_that_cannot_be_divided_gives_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its statistics have no other part, also where passes are dear; the scan goes on."""
+    monkeypatch.setattr("bnprobe.measure.further.PASS_WORK", 0)
+    model, batches = unsettled(Network()), labelled(4, 64)
+    model.bn.running_var *= 1e-4
+    given = {"evaluation": batches[:1], "loss": cross_entropy, "num_batches": 4, "emulate": False}
+    found = {remedy.name: remedy for remedy in bnprobe.scan(model, batches, **given).remedies}
+    assert found["evaluation statistics"].loss_change.mean < 0
+    assert found["evaluation statistics"].loss_change.interval is None
+    assert found["recalibrated"].loss_change.interval is not None
