@@ -345,7 +345,8 @@ def how_done(remedy: Remedy) -> str:
         baseline = f"baseline: {', '.join(given)}" if given else ""
         if given and remedy.recalibrated:
             baseline = f"baseline, recalibrated as well: {', '.join(given)}"
-    short = f"worse on these {remedy.images:,}, and scored on no more" if remedy.cut_short else ""
+    few = count(remedy.images, f"{remedy.scored_on} sample")
+    short = f"worse on {few}, and scored on no more" if remedy.cut_short else ""
     return "; ".join(filter(None, (remedy.detail, baseline, short)))
 
 

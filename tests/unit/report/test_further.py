@@ -210,6 +210,18 @@ def test_the_samples_of_a_half_are_said_to_be_that() -> None:
     assert "Pooling running statistics over micro-batches takes the loss from 2" in text
 
 
+def test_what_was_cut_short_says_so_in_its_own_row_alone() -> None:
+    """The title has the samples of the others, and a note on other values than those of the steps is not due to it."""
+    whole = Remedy("recalibrated", ("a",), Score(LOSS.held_out, None), Score(1.0, None), None, 128, "all in one")
+    short = replace(whole, name="instance statistics", before=Score(1.7, None), after=Score(1.8, None), images=32)
+    text = said(replace(with_gaps(LOSS), remedies=(whole, replace(short, cut_short=True))))
+    assert "What remedies without training would give, on 128 held-out samples" in text
+    assert "which chose nothing" not in text
+    assert "instance statistics: all in one; worse on 32 held-out samples, and scored on no more" in text
+    assert "Not the same samples" not in text
+    assert "all in one; worse" not in said(replace(with_gaps(LOSS), remedies=(whole, short)))
+
+
 def test_a_remedy_without_scores_comes_last() -> None:
     unscored, scored = remedy("a", Score(None, None)), remedy("b", Score(3.0, None))
     lines = section(with_remedies(unscored, scored), REMEDIES)
