@@ -67,6 +67,9 @@ def recalibrate_spec(
         require_state(workload.model)
         _require_real_data(workload)
         settings = workload.settings(spec.settings())
+        if settings.what_if is None:
+            # What this command does is compared below. Other remedies would be tried twice, and shown to nobody.
+            settings = settings.model_copy(update={"what_if": False})
         before, notes = _first_scan(workload, settings, progress)
         seed_everything(spec.data.seed)
         workload = read_again(spec, workload)

@@ -189,7 +189,7 @@ def remedies(report: Report, page: Page, advised: NextStep | None = None, last: 
     return [
         *page.heading(title),
         *page.paragraphs([best]),
-        *_remedy_table(ordered, page),
+        *_remedy_table(ordered, plural(report.scan.sample), page),
         *page.paragraphs(remedy_notes(ordered, report), "dim"),
         *([] if advised is None or advised == last else page.paragraph(advised.why, first="  ")),
         *([] if advised is None or advised == last else page.command(advised.command or "")),
@@ -223,10 +223,11 @@ def _costs(found: Sequence[Remedy]) -> str:
 
 def _other_samples(found: Sequence[Remedy], report: Report) -> str:
     """Why the values before differ from those of the steps; empty where they do not."""
+    most = max(remedy.images for remedy in found)  # the others are said to be some of these
     level = "held_out" if found[0].scored_on == "held-out" else "inference"
     for gap in report.summary.gaps:
         number = gap.held_out_samples if level == "held_out" else gap.samples
-        before = {remedy.before.of(gap.measure) for remedy in found if not remedy.cut_short} - {None}
+        before = {remedy.before.of(gap.measure) for remedy in found if remedy.images == most} - {None}
         steps = getattr(gap, level)
         if number and steps is not None and any(_score(value) != _score(steps) for value in before):
             what, where = plural(report.scan.sample), found[0].scored_on
@@ -264,6 +265,7 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
     """
     best = ordered[0]
     start, end = ends(best, measure)
+    now = ends(max(ordered, key=lambda remedy: remedy.images), measure)[0]
     if end is None:
         return "None of them could be scored."
     if start is None:
@@ -273,7 +275,7 @@ def best_in_words(ordered: Sequence[Remedy], measure: Measure, goal: Goal = "max
     if sure is None:
         what = f"lowers the {measure}" if lowers else f"raises the {measure}"
         surely = "" if change_of(best, measure) is None else " surely"
-        return f"None of them{surely} {what}, which is {figures.score(start)} now."
+        return f"None of them{surely} {what}, which is {figures.score(start if now is None else now)} now."
     start, end = ends(sure, measure)
     change = change_of(sure, measure)
     interval = (
@@ -350,10 +352,11 @@ def how_done(remedy: Remedy) -> str:
     return "; ".join(filter(None, (remedy.detail, baseline, short)))
 
 
-def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
+def _remedy_table(ordered: Sequence[Remedy], what: str, page: Page) -> list[Text]:
     """The scores; how it was done stands beside them where there is room, else below."""
-    changed = [str(len(remedy.layers)) for remedy in ordered]
-    columns = [*([Column("layers", changed)] if len(set(changed)) > 1 else []), *_score_columns(ordered, page)]
+    counts = {"layers": [len(remedy.layers) for remedy in ordered], what: [remedy.images for remedy in ordered]}
+    varying = [Column(name, [f"{each:,}" for each in found]) for name, found in counts.items() if len({*found}) > 1]
+    columns = [*varying, *_score_columns(ordered, page)]
     lines = table(Names([remedy_name(remedy) for remedy in ordered], heading="remedy"), [TableLayout(columns)], page)
     how = [page.clean(how_done(remedy)) for remedy in ordered]
     if max(map(cell_len, how)) + 2 <= page.width - cell_len(lines[0].plain):
@@ -364,10 +367,10 @@ def _remedy_table(ordered: Sequence[Remedy], page: Page) -> list[Text]:
 
 
 def _score_columns(ordered: Sequence[Remedy], page: Page) -> list[Column]:
-    """Before and after, for loss and metric; none where there is nothing to show."""
+    """Baseline and after, for loss and metric; none where there is nothing to show."""
     columns = []
     for measure in MEASURES:
-        pairs = [(remedy.before.of(measure), remedy.after.of(measure)) for remedy in ordered]
+        pairs = [ends(remedy, measure) for remedy in ordered]
         if any(value is not None for pair in pairs for value in pair):
             columns.append(Column(measure, arrows([(_score(start), _score(end)) for start, end in pairs], page)))
     return columns

@@ -136,10 +136,24 @@ def _device(report: Report) -> str:
     return f"{scan.device} ({environment.device_name}), {kind}, torch {environment.torch}, seed {scan.seed}"
 
 
+_WITHIN = (
+    "train path without random layers",
+    "train path with the rest in eval mode",
+    "loss and metric",
+    "held-out data",
+)
+"""Measurements whose time is part of ``Scan.seconds``; all others follow it."""
+
+_WORTH_SAYING = 0.5
+"""Part of the time of the paths from which on that of all measurements is said, too."""
+
+
 def _measured(scan: Scan) -> str:
     batches, samples = count(scan.batches, "micro-batch"), count(scan.images, scan.sample)
     sizes = f"{TIMES} {scan.batch_size}" if scan.size_range is None else "of {} to {}".format(*scan.size_range)
-    text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s; {_stopped(scan)}"
+    after = sum(extra.seconds for extra in scan.passes if extra.name not in _WITHIN)
+    total = f", {scan.seconds + after:.1f} s in all" if after >= _WORTH_SAYING * scan.seconds else ""
+    text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s{total}; {_stopped(scan)}"
     return f"{text}; {count(scan.left_out, scan.sample)} left over" if scan.left_out else text
 
 

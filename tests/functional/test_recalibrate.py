@@ -122,6 +122,19 @@ def test_a_model_with_statistics_of_other_data_is_mended(shifted: Workspace, pat
     assert "The statistics are those of 64 samples in 32 batches" in " ".join(found.stdout.split())
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_other_remedies_are_tried_only_where_the_spec_asks_for_that(shifted: Workspace, asked: bool) -> None:
+    """In the scans before and after; the statistics that are written are compared with those as loaded in any case."""
+    shifted.write(
+        "spec.yaml", f"model: model.py\ndata: {{batch_size: 2}}\nscan: {{what_if: {'true' if asked else 'null'}}}\n"
+    )
+    assert shifted.run("recalibrate", "spec.yaml", "-o", "out.safetensors").code == CLEAN
+    for name in ("before", "after"):
+        report = json.loads((shifted.folder / f"out.{name}.json").read_text())
+        assert bool(report["remedies"]) == asked
+    assert record(shifted)["proof"]["conclusion"] == "better"
+
+
 def test_the_weights_load_strictly_into_the_users_model(shifted: Workspace) -> None:
     assert recalibrate(shifted).code == CLEAN
     names: dict[str, Any] = {}

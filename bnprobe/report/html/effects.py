@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bnprobe.numbers import percent
+from bnprobe.numbers import percent, plural
 from bnprobe.records import MEASURES, Gap, Measure, Remedy, Report
 from bnprobe.report import figures, further
 from bnprobe.report import scan as words
@@ -97,7 +97,7 @@ def remedies(report: Report, options: RenderOptions, last: NextStep) -> Iterator
     yield Text(tuple(filter(None, [best])))
     measures = [measure for measure in reversed(MEASURES) if any(one.after.of(measure) is not None for one in ordered)]
     if measures:
-        yield _remedy_figure(title, ordered, measures)
+        yield _remedy_figure(title, ordered, measures, plural(report.scan.sample))
     advised = advised_step(report, options.command)
     if advised is not None and advised != last:
         yield from next_step(advised)
@@ -105,7 +105,7 @@ def remedies(report: Report, options: RenderOptions, last: NextStep) -> Iterator
         yield Text(tuple(notes), dim=True)
 
 
-def _remedy_figure(title: str, ordered: Sequence[Remedy], measures: Sequence[Measure]) -> Figure:
+def _remedy_figure(title: str, ordered: Sequence[Remedy], measures: Sequence[Measure], what: str) -> Figure:
     return Figure(
         "what-if",
         title,
@@ -123,6 +123,7 @@ def _remedy_figure(title: str, ordered: Sequence[Remedy], measures: Sequence[Mea
                 Column("Remedy", number=False),
                 *(Column(measure.capitalize()) for measure in measures),
                 Column("Layers"),
+                Column(what.capitalize()),
                 Column("How", number=False),
             ),
             tuple(
@@ -131,6 +132,7 @@ def _remedy_figure(title: str, ordered: Sequence[Remedy], measures: Sequence[Mea
                         Cell(further.remedy_name(remedy)),
                         *(Cell(_remedy_bar(remedy, measure).text) for measure in measures),
                         Cell(str(len(remedy.layers))),
+                        Cell(f"{remedy.images:,}"),
                         Cell(further.how_done(remedy)),
                     )
                 )

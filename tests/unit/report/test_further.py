@@ -220,6 +220,23 @@ def test_what_was_cut_short_says_so_in_its_own_row_alone() -> None:
     assert "instance statistics: all in one; worse on 32 held-out samples, and scored on no more" in text
     assert "Not the same samples" not in text
     assert "all in one; worse" not in said(replace(with_gaps(LOSS), remedies=(whole, short)))
+    lines = section(replace(with_gaps(LOSS), remedies=(whole, replace(short, cut_short=True))), REMEDIES)
+    assert [line.split()[-4] for line in lines if "→" in line] == ["128", "32"]
+
+
+def test_a_row_goes_from_its_baseline_to_its_score() -> None:
+    """As the sentence above the table does."""
+    half = Remedy("example weighing", ("a",), Score(0.134, None), Score(0.116, None), Score(0.126, None), 64, "")
+    text = said(with_remedies(half))
+    assert "0.126 → 0.116" in text
+    assert "0.134" not in text
+
+
+def test_what_a_score_is_now_is_that_of_the_most_samples() -> None:
+    """The best row may be of a half."""
+    whole = Remedy("recalibrated", ("a",), Score(2.33, None), Score(2.4, None), None, 64, "")
+    half = replace(whole, name="instance renorm", before=Score(2.21, None), after=Score(2.3, None), images=32)
+    assert "lowers the loss, which is 2.33 now" in said(with_remedies(half, whole))
 
 
 def test_a_remedy_without_scores_comes_last() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rendered import said
 from rich.cells import cell_len
 
-from bnprobe.records import Diagnosis, Output, Report, SkippedLayer
+from bnprobe.records import Diagnosis, ExtraPass, Output, Report, SkippedLayer
 from bnprobe.report import RenderOptions, renderer
 from bnprobe.report.page import FINE, FLAGGED, UNMEASURED
 from bnprobe.report.scan import one_line, output_in_words
@@ -127,6 +127,18 @@ def test_the_header_names_the_held_out_data_and_calls_samples_what_they_are() ->
     assert f"= {report.scan.images:,} images in" in found
     every = said(replace(report, scan=replace(scan, held_out_images=360)))
     assert "held-out load_eval_data of model.py (360 images) checkpoint" in every
+
+
+def test_the_header_says_how_long_all_took_where_that_is_much_more_than_the_paths() -> None:
+    report = fabricated.healthy()
+    passes = [
+        ExtraPass("held-out data", "", 64, 1.5),
+        ExtraPass("what-if", "", 64, 3.0),
+        ExtraPass("chance", "", 64, 0.6),
+    ]
+    for seconds, words in ((2.0, "images in 2.0 s, 5.6 s in all; "), (9.0, "images in 9.0 s; ")):
+        scan = replace(report.scan, sample="image", seconds=seconds, passes=tuple(passes))
+        assert words in said(replace(report, scan=scan))
 
 
 @pytest.mark.parametrize(
