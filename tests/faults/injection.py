@@ -150,8 +150,11 @@ class Interrupt:
 
 @contextmanager
 def timed_interrupt(seconds: float) -> Iterator[None]:
-    """Send Ctrl-C after a while, wherever the process is then."""
-    before = signal.signal(signal.SIGALRM, lambda number, frame: _thread.interrupt_main())
+    """Send Ctrl-C after a while, wherever the process is then.
+
+    The function that it comes in is that one, not the handler of the alarm, in which a call would be followed by it.
+    """
+    before = signal.signal(signal.SIGALRM, lambda number, frame: _CTRL_C.sent)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
