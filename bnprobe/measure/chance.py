@@ -34,7 +34,7 @@ _SAME = 1e-6
 """A loss that changes by no more than this, relative, does not depend on which sample an output belongs to."""
 
 
-class Kept(NamedTuple):
+class _Kept(NamedTuple):
     """What a physical batch of so many micro-batches, of so many samples each, gave on each path."""
 
     micro_batches: int
@@ -49,27 +49,29 @@ class KeptOutputs:
     They stay in the process that computed them: pickled, this is empty.
     """
 
-    _steps: list[Kept] = field(default_factory=list)
+    _steps: list[_Kept] = field(default_factory=list)
     _bytes: int = 0
     _open: bool = True
 
-    def copied(self, outputs: Mapping[PathName, Outputs], micro_batches: int, size: int) -> Kept | None:
-        """What ``add`` is to be given of the next physical batch; None where there is enough, or it is too much."""
+    def copied(self, outputs: Outputs, samples: int) -> Outputs:
+        """A copy of what so many samples gave on one path, for ``add``; empty where there is enough, or it is too much.
+
+        It is to be made right after the pass: a model may write the next outputs into the same tensors.
+        """
         if not self._open:
-            return None
-        tensors = tensors_of(list(outputs.values()))
+            return {}
+        tensors = tensors_of(outputs)
         self._bytes += sum(tensor.nbytes for tensor in tensors)
         if self._bytes > KEPT_BYTES or any(tensor.requires_grad for tensor in tensors):  # a graph holds much more
             self._steps.clear()
             self._open = False
-            return None
-        total = micro_batches * size
-        return Kept(micro_batches, size, {path: rows_of(found, 0, total, total) for path, found in outputs.items()})
+            return {}
+        return rows_of(outputs, 0, samples, samples)
 
-    def add(self, kept: Kept | None) -> None:
-        """Keep what ``copied`` gave."""
-        if kept is not None:
-            self._steps.append(kept)
+    def add(self, copies: Mapping[PathName, Outputs], micro_batches: int, size: int) -> None:
+        """Keep the copies of the next physical batch, of so many micro-batches of so many samples each."""
+        if self._open and copies:
+            self._steps.append(_Kept(micro_batches, size, copies))
             samples = sum(step.micro_batches * step.size for step in self._steps)
             self._open = samples < SAMPLES or self.micro_batches < _FEWEST
 

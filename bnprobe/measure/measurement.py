@@ -44,7 +44,7 @@ class _Step:
         joined: The same as a physical batch, on the device.
         apart: The same samples as real micro-batches, for loss and metric; none where neither is given.
         size: Samples in each of them.
-        recorded: What the model itself gave on the way, for loss and metric to use.
+        copies: Of what the model itself gave, to be kept.
         inputs: Positions of the tensors of the batch that the model was called on.
     """
 
@@ -54,7 +54,7 @@ class _Step:
     size: int
     passes: dict[PathName, Pass] = field(default_factory=dict)
     outputs: dict[PathName, Any] = field(default_factory=dict)
-    recorded: dict[PathName, Outputs] = field(default_factory=dict)
+    copies: dict[PathName, Outputs] = field(default_factory=dict)
     inputs: set[int] = field(default_factory=set)
     contributions: Contributions = field(default_factory=dict)
     scores: Found = field(default_factory=dict)
@@ -152,6 +152,7 @@ class Measurement:
             self._forward(path, step)
         with deferred_interrupts():
             self.evidence.scores.add(step.scores)
+            self.evidence.kept_outputs.add(step.copies, len(micro_batches), step.size)
 
     def _measure(self, micro_batches: list[Any]) -> None:
         evidence, step = self.evidence, self._step_of(micro_batches)
@@ -167,8 +168,6 @@ class Measurement:
         if "train" in draws:
             found = evidence.outputs.measure(step.joined, step.inputs, step.outputs["train"], step.outputs["eval"])
             step.contributions |= found
-        copied = evidence.kept_outputs.copied
-        kept = copied(step.recorded, len(micro_batches), step.size) if step.apart and self.steady is not None else None
         with deferred_interrupts():
             self.more, evidence.random = more, random
             if more and self.steady is not None:
@@ -176,7 +175,7 @@ class Measurement:
             evidence.steady_seconds += seconds
             evidence.repeat = repeat
             evidence.add(step.passes, step.contributions, step.scores, len(micro_batches))
-            evidence.kept_outputs.add(kept)
+            evidence.kept_outputs.add(step.copies, len(micro_batches), step.size)
 
     def _is_random(self, draws: Mapping[PathName, bool]) -> bool:
         """Whether training draws random numbers that inference does not; if both do, decided by the kinds of layers."""
@@ -197,7 +196,7 @@ class Measurement:
             if _is_other(step, "train", "steady"):
                 return True
         step.passes.pop("steady", None)
-        step.recorded.pop("steady", None)
+        step.copies.pop("steady", None)
         step.scores = {key: rows for key, rows in step.scores.items() if key[1] != "steady"}
         return False
 
@@ -243,8 +242,9 @@ class Measurement:
         before = random_state() if self.more is None else None
         per_sample = path == "eval" and self.evidence.batching.emulation.trusted
         step.passes[path] = self._pass(path, step, per_sample)
-        output, recorded = self.session.forward(path, step.joined, step.passes[path])
-        step.outputs[path], step.recorded[path] = output, recorded
+        step.outputs[path], recorded = self.session.forward(path, step.joined, step.passes[path])
+        if step.apart and self.steady is not None:
+            step.copies[path] = self.evidence.kept_outputs.copied(recorded, step.size * len(step.given))
         if per_sample:
             self.evidence.batching.emulation.require_same_sizes(path, step.passes[path])
             self.evidence.batching.emulation.require_same_calls(path, step.passes[path])

@@ -75,7 +75,9 @@ def levels(
 
 
 def flat(found: tuple[Chance, ...]) -> list[float]:
+    """Of the loss in both modes, and of the metric where it tells samples apart."""
     modes = [mode for each in found for mode in (each.training, each.inference) if mode is not None]
+    assert (found[0].measure, *modes[:2]) == ("loss", found[0].training, found[0].inference)
     return [value for mode in modes for value in (mode.own, mode.other, mode.change.mean)]
 
 
@@ -101,6 +103,20 @@ def test_what_was_not_kept_runs_after_what_was() -> None:
         _, measured, least = levels(session, evidence, evidence.kept_outputs, most=12 * SIZE)
     assert (samples, passed, few) == (20 * SIZE, 2 * 20 * SIZE, 2 * (1 + 20 - 12) * SIZE)
     assert (measured, least) == (12 * SIZE, 2 * SIZE)
+    assert flat(kept) == pytest.approx(flat(again), rel=1e-5, abs=1e-7)
+
+
+def test_outputs_of_micro_batches_that_were_only_scored_are_kept_too() -> None:
+    """A scan that few micro-batches decide takes loss and metric of more."""
+    settings = ScanSettings(device="cpu")
+    session = Session.open(unsettled(Network()), settings, UserFunctions(None, loss, accuracy))
+    with session.installed():
+        evidence = probe(session, Reader(labelled(64), SIZE, 64), settings, no_progress)
+        assert evidence is not None
+        assert evidence.batches < evidence.kept_outputs.micro_batches == 64
+        again, _, _ = levels(session, evidence, None)
+        kept, samples, few = levels(session, evidence, evidence.kept_outputs)
+    assert (samples, few) == (64 * SIZE, 2 * SIZE)
     assert flat(kept) == pytest.approx(flat(again), rel=1e-5, abs=1e-7)
 
 
@@ -141,22 +157,22 @@ def test_what_a_function_writes_into_outputs_is_not_kept() -> None:
 
 
 def test_a_model_that_returns_its_own_buffer_does_not_change_what_was_kept() -> None:
+    buffers: dict[int, Tensor] = {}
+
     class Buffer(Network):
         def forward(self, x: Tensor) -> Tensor:
             found = super().forward(x)
-            self.last = (
-                found.clone() if getattr(self, "last", found[:0]).shape != found.shape else self.last.copy_(found)
-            )
-            return self.last
+            return buffers.setdefault(len(x), found.clone()).copy_(found)
 
-    with scanned(unsettled(Buffer()), labelled(20)) as (session, evidence):
+    with scanned(unsettled(Buffer()), labelled(40)) as (session, evidence):
+        assert len(evidence.kept_outputs._steps) > 1
         again, _, _ = levels(session, evidence, None)
         kept, _, _ = levels(session, evidence, evidence.kept_outputs)
     assert flat(kept) == pytest.approx(flat(again), rel=1e-5, abs=1e-7)
 
 
 def keep(kept: KeptOutputs, values: Tensor, size: int = 2) -> None:
-    kept.add(kept.copied({"eval": {(0,): values}}, len(values) // size, size))
+    kept.add({"eval": kept.copied({(0,): values}, len(values))}, len(values) // size, size)
 
 
 def test_a_copy_that_fails_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
