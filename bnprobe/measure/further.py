@@ -38,7 +38,21 @@ from bnprobe.measure.session import Announce, Session, announce_nothing
 from bnprobe.measure.train_steps import MakeOptimizer, train_steps
 from bnprobe.measure.trial import MicroBatchStatistics
 from bnprobe.measure.what_if import FEWEST_TRIED, what_if
-from bnprobe.records import MEASURES, Backward, Chance, ExtraPass, GradientAngle, Impact, Layer, Remedy, Updates
+from bnprobe.records import (
+    HELD_OUT,
+    MEASURES,
+    REST_IN_EVAL,
+    SCORING,
+    WITHOUT_RANDOM,
+    Backward,
+    Chance,
+    ExtraPass,
+    GradientAngle,
+    Impact,
+    Layer,
+    Remedy,
+    Updates,
+)
 from bnprobe.rules.facts import Anatomy, OtherEps, Padding, Randomness
 from bnprobe.wording import option
 
@@ -210,16 +224,16 @@ def joint_impacts(
 def _passes_so_far(evidence: Evidence) -> Iterator[ExtraPass]:
     """Passes that were measured beside the two paths, with their reasons."""
     if evidence.steady is not None:
-        name, reason = "train path without random layers", "the model draws random numbers in training"
+        name, reason = WITHOUT_RANDOM, "the model draws random numbers in training"
         if not evidence.random:
-            name, reason = "train path with the rest in eval mode", "train mode does more than to normalize by batch"
+            name, reason = REST_IN_EVAL, "train mode does more than to normalize by batch"
         yield ExtraPass(name, reason, evidence.samples, evidence.steady_seconds)
     if evidence.scoring_seconds:
         more = evidence.scores.count - evidence.samples
-        yield ExtraPass("loss and metric", "of further samples, for their intervals", more, evidence.scoring_seconds)
+        yield ExtraPass(SCORING, "of further samples, for their intervals", more, evidence.scoring_seconds)
     if evidence.held_out is not None:
         held_out = evidence.held_out
-        yield ExtraPass("held-out data", "to measure the data shift", held_out.samples, held_out.seconds)
+        yield ExtraPass(HELD_OUT, "to measure the data shift", held_out.samples, held_out.seconds)
     if evidence.mixed is not None:
         mixed = evidence.mixed
         yield ExtraPass(
@@ -288,9 +302,10 @@ def _try_remedies(found: Further, session: Session, evidence: Evidence, settings
             "To save time, remedies that were worse on a part of the samples were scored on no more;"
             f" {option('--thorough', True)} scores them on all."
         )
+    whose = "training" if held_out is None else "training and held-out"
     if tried.remedies and tried.samples < usable:
         found.notes.append(
-            f"To save time, remedies were tried on {tried.samples} of the {usable} samples at hand;"
+            f"To save time, remedies were tried on {tried.samples} of the {usable} {whose} samples at hand;"
             f" {option('--thorough', True)} tries them on all."
         )
 

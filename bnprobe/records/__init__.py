@@ -83,7 +83,21 @@ from bnprobe.records.repair import (
     TrainingStep,
     Verification,
 )
-from bnprobe.records.scan import ExtraPass, LintReport, Pool, Report, Scan, SelfCheck, StopReason, Summary
+from bnprobe.records.scan import (
+    HELD_OUT,
+    REST_IN_EVAL,
+    SCORING,
+    WITHIN_SCAN,
+    WITHOUT_RANDOM,
+    ExtraPass,
+    LintReport,
+    Pool,
+    Report,
+    Scan,
+    SelfCheck,
+    StopReason,
+    Summary,
+)
 
 if TYPE_CHECKING:
     from bnprobe.records.comparison import ComparedScan, Comparison, LayerPoint, LayerTrend, Trend
@@ -125,13 +139,18 @@ __all__ = [
     "EXEMPT",
     "FREE_REMEDIES",
     "FROZEN",
+    "HELD_OUT",
     "MEASURES",
     "OMITTED_WHEN_EMPTY",
     "RECALIBRATE",
+    "REST_IN_EVAL",
     "ROOT",
     "SCHEMA_VERSION",
+    "SCORING",
     "SOURCES",
     "UNDO",
+    "WITHIN_SCAN",
+    "WITHOUT_RANDOM",
     "Arm",
     "Backward",
     "Baseline",

@@ -61,6 +61,15 @@ class SelfCheck(Record):
     float64: bool = False
 
 
+WITHOUT_RANDOM, REST_IN_EVAL, SCORING, HELD_OUT = WITHIN_SCAN = (
+    "train path without random layers",
+    "train path with the rest in eval mode",
+    "loss and metric",
+    "held-out data",
+)
+"""Names of measurements whose time is part of ``Scan.seconds``; that of all others comes on top."""
+
+
 @dataclass(frozen=True)
 class ExtraPass(Record):
     """A measurement beyond the two paths: its name, why it was run, and its cost."""
@@ -111,7 +120,7 @@ class Scan(Record):
         autocast: The autocast dtype, where used.
         stopped: Why no more batches were drawn.
         partial: True if Ctrl-C, or an error in the user's loader or model, ended the scan early.
-        seconds: Wall time of the measurement.
+        seconds: Wall time of the two paths, and of the passes in ``WITHIN_SCAN``.
         notes: Further facts that affect the result, a sentence each.
         passes: Measurements beyond the two paths, with their cost.
         pool: What the composition share was measured with; None if the samples could not be regrouped, or were too few.

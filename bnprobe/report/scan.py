@@ -9,6 +9,8 @@ from rich.text import Text
 
 from bnprobe.numbers import count, grouped, listed, percent, plural
 from bnprobe.records import (
+    WITHIN_SCAN,
+    WITHOUT_RANDOM,
     Composition,
     Distribution,
     Domains,
@@ -136,14 +138,6 @@ def _device(report: Report) -> str:
     return f"{scan.device} ({environment.device_name}), {kind}, torch {environment.torch}, seed {scan.seed}"
 
 
-_WITHIN = (
-    "train path without random layers",
-    "train path with the rest in eval mode",
-    "loss and metric",
-    "held-out data",
-)
-"""Measurements whose time is part of ``Scan.seconds``; all others follow it."""
-
 _WORTH_SAYING = 0.5
 """Part of the time of the paths from which on that of all measurements is said, too."""
 
@@ -151,7 +145,7 @@ _WORTH_SAYING = 0.5
 def _measured(scan: Scan) -> str:
     batches, samples = count(scan.batches, "micro-batch"), count(scan.images, scan.sample)
     sizes = f"{TIMES} {scan.batch_size}" if scan.size_range is None else "of {} to {}".format(*scan.size_range)
-    after = sum(extra.seconds for extra in scan.passes if extra.name not in _WITHIN)
+    after = sum(extra.seconds for extra in scan.passes if extra.name not in WITHIN_SCAN)
     total = f", {scan.seconds + after:.1f} s in all" if after >= _WORTH_SAYING * scan.seconds else ""
     text = f"{batches} {sizes} = {samples} in {scan.seconds:.1f} s{total}; {_stopped(scan)}"
     return f"{text}; {count(scan.left_out, scan.sample)} left over" if scan.left_out else text
@@ -212,7 +206,7 @@ def cost(scan: Scan) -> list[str]:
 
 
 _PASSES = {
-    "train path without random layers": "training without random layers",
+    WITHOUT_RANDOM: "training without random layers",
     "impact": "output change",
     "what-if": "remedies without training",
     "chance": "outputs of other samples",

@@ -233,7 +233,7 @@ def test_of_large_samples_no_more_are_tried_than_were_measured(monkeypatch: pyte
         report = bnprobe.scan(unsettled(Network()), batches, **given)
         return report.remedies[0].images, [each for each in report.scan.notes if each.startswith(note)]
 
-    left_out = f"{note}96 of the 512 samples at hand; thorough=True tries them on all."
+    left_out = f"{note}96 of the 512 training and held-out samples at hand; thorough=True tries them on all."
     assert scanned(12, 0) == (48, [left_out])
     assert scanned(2, 64 * 48) == (48, [left_out])
     assert scanned(2, 0) == (32, [left_out.replace("96", "64")])  # eight micro-batches
